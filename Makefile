@@ -1,0 +1,53 @@
+# `make demo` and `make test` work from a fresh clone: each creates what it needs under .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+FAST   := not slow and not gpu and not browser
+
+.PHONY: demo test check gpu bench format clean
+
+demo: $(VENV)/.runtime
+	OMP_NUM_THREADS=2 $(BIN)/python scripts/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+
+check: $(VENV)/.dev
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "$(FAST)"
+
+# Runs on a machine with a GPU as it stands: no virtual environment, no installation, no network.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu -q
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
+
+bench: $(VENV)/.peers
+	$(BIN)/python benchmarks/overhead.py
+
+format: $(VENV)/.dev
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) torch numpy
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.dev
+	$(PIP) -e '.[peers]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs demo-output

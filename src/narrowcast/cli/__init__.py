@@ -1,0 +1,1 @@
+"""The command line: words and options in, records out; no arithmetic."""

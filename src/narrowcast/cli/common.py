@@ -1,0 +1,89 @@
+"""What the verbs share: the console on stderr, the JSON writer, and the options they all take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from narrowcast.files import write_atomically
+from narrowcast.records.codec import dumps
+
+__all__ = [
+    "AutocastRulesOption",
+    "DeviceOption",
+    "JsonOption",
+    "OutputOption",
+    "PrecisionOption",
+    "RecipeArgument",
+    "SeedOption",
+    "SetOption",
+    "StepsOption",
+    "console",
+    "emit_json",
+    "split_names",
+]
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(help="A built-in recipe (see `narrowcast recipes`) or the path of a recipe file."),
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision", "-p", help="fp32, tf32, fp16, bf16, bf16-true, auto, or Lightning's 16-mixed ..."
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Override one option of the recipe; repeatable."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda; by default the one at hand.")
+]
+AutocastRulesOption = Annotated[
+    str,
+    typer.Option(
+        "--autocast-rules", help="native, or cuda to rehearse CUDA's cast lists on a CPU."
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of weights, data order and dropout.")]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", help="Optimizer steps; by default what the recipe says.")
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Directory for the results; never overwrites another run."),
+]
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="PATH|-", help="Also write the record as JSON; - is stdout."),
+]
+
+
+def console() -> Console:
+    """Return a console on stderr, so that stdout stays free for ``--json -``."""
+    return Console(stderr=True)
+
+
+def emit_json(record: Any, target: str | None) -> None:
+    """Write a record as JSON to stdout (``-``), to a file (whole or not at all), or nowhere (None).
+
+    Raises RunDirectoryError if the file cannot be written.
+    """
+    if target is None:
+        return
+    text = dumps(record) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    write_atomically(Path(target), text)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list as users type it: 'fp32, bf16' -> ('fp32', 'bf16')."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -1,0 +1,1 @@
+"""What Narrowcast measures and decides, as values that travel as JSON."""
