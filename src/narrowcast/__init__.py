@@ -34,7 +34,7 @@ _HOMES = {
     "policy_named": "narrowcast.policy",
 }
 
-__all__ = [  # noqa: PLE0604, RUF022 -- the table above is the one list of public names
+__all__ = [  # noqa: PLE0604 -- the table above is the one list of public names
     *_HOMES,
     "__version__",
 ]

@@ -2,12 +2,12 @@
 
 The command line prints ``error: <message>`` and ``hint: <hint>`` and exits with ``exit_code``.
 
-    NarrowcastError                      exit 1
-    |-- UsageError                       exit 2   the request itself makes no sense
+    NarrowcastError                exit 1
+    |-- UsageError                 exit 2   the request itself makes no sense
     |   `-- UnknownName                  exit 2   with the nearest valid name
-    |-- UnsupportedPrecision             exit 3   this device cannot do what was asked
+    |-- UnsupportedPrecision             exit 3   this device cannot do what was asked for
     |-- RecipeError                      exit 4   the user's recipe is missing something or raised
-    |-- DataError                        exit 4   the recipe's data are empty or malformed
+    |-- DataError                  exit 4   the recipe's data are empty or malformed
     |-- PrecisionError                   exit 5   the numbers broke: NaN, inf, too many skipped steps
     |-- RunDirectoryError                exit 6   the directory holds another run, or cannot be written
     |-- CheckpointError                  exit 7   truncated, tampered, or of another run

@@ -55,8 +55,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(directory: Path) -> None:
     """Delete what writers that were killed left half-written in `directory`; nobody else writes."""
-    for leftover in directory.glob(f".*{TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+    for pattern in (f".*{TEMPORARY_SUFFIX}", ".tmp*"):  # ours, and those of safetensors
+        for leftover in directory.glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> RunDirectoryError:
@@ -68,7 +69,7 @@ def cannot_write(path: Path, error: OSError) -> RunDirectoryError:
 
 
 def _flush(path: Path) -> None:
-    """Make a file, or a rename in a directory, durable; where a file system cannot, it stands anyway."""
+    """Make a file, or a rename in a directory, durable, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args
 
 from narrowcast.errors import UnknownName, UsageError
 from narrowcast.formats import float_format
@@ -62,6 +62,8 @@ class Policy:
     def __post_init__(self) -> None:
         for field in (self.param, self.compute, self.reduce, self.output):
             float_format(field)
+        if self.autocast_rules not in get_args(AutocastRules):
+            raise UnknownName.of("autocast rules", self.autocast_rules, get_args(AutocastRules))
         entries: tuple[str | type, ...] = tuple(self.keep_fp32)
         object.__setattr__(self, "keep_fp32", tuple(_as_pattern(e) for e in entries))
         if self.compute == "fp16" and self.scaling == "none":

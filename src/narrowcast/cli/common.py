@@ -29,17 +29,17 @@ __all__ = [
 
 RecipeArgument = Annotated[
     str,
-    typer.Argument(help="A built-in recipe (see `narrowcast recipes`) or the path of a recipe file."),
+    typer.Argument(help="A built-in recipe (see `narrowcast recipes`) or a recipe file."),
 ]
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        "--precision", "-p", help="fp32, tf32, fp16, bf16, bf16-true, auto, or Lightning's 16-mixed ..."
+        "--precision", "-p", help="fp32, tf32, fp16, bf16, bf16-true, auto; Lightning's names too."
     ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Override one option of the recipe; repeatable."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Override an option of the recipe; repeatable."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu or cuda; by default the one at hand.")

@@ -31,7 +31,7 @@ Verdict = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What was fixed before the first step. Its hash covers every field but `hash` and `written`."""
+    """What was fixed before the first step. The hash covers all fields but `hash` and `written`."""
 
     recipe: str
     options: dict[str, OptionValue]
@@ -39,8 +39,8 @@ class Protocol:
     direction: Direction
     """Which way is better."""
     margin: float | None
-    """Largest acceptable harm: in units of the metric, or (relative) as a fraction of the reference's
-    mean over the seeds. None: no verdict will be given. VerdictRecord.margin is in metric units."""
+    """Largest acceptable harm: in units of the metric, or (relative) as a fraction of the
+    reference's mean. None: no verdict will be given. VerdictRecord.margin is in metric units."""
     margin_text: str
     """The margin as the user wrote it, such as '0.01' or '1%'."""
     margin_kind: MarginKind = "absolute"
@@ -60,7 +60,7 @@ class Protocol:
     policies: dict[str, dict[str, str | list[str]]] = field(default_factory=dict)
     """Arm -> every field of its policy."""
     training: dict[str, OptionValue] = field(default_factory=dict)
-    """What the training loop was told besides seed and steps: accumulation, clipping, batch size."""
+    """What the training loop was told besides seed and steps: batch size, accumulation, ..."""
     recipe_digest: str = ""
     """SHA-256 of the recipe's source file."""
     stopping: str = "all seeds of all arms, then one look"
@@ -108,6 +108,8 @@ class ArmRecord:
     memory_timeline: tuple[tuple[str, int], ...] = ()
     """(phase, live bytes), thinned, in order."""
     curves: tuple[tuple[CurvePoint, ...], ...] = ()
+    same_as_reference: tuple[bool, ...] = ()
+    """Per seed: whether every step's loss and every metric equal the reference's bit for bit."""
     run_directories: tuple[str, ...] = ()
     metric_means: dict[str, float | None] = field(default_factory=dict)
     """Metric -> mean of `metrics` over the seeds that did not diverge; None if all did."""
@@ -164,9 +166,9 @@ class VerdictRecord:
     """The same difference with the metric evaluated in the arm's own precision; decides nothing."""
     training_precision_interval: tuple[float, float] | None = None
     differences: tuple[float | None, ...] = ()
-    """(arm - reference) per seed, the raw values behind `difference`; None where either diverged."""
+    """(arm - reference) per seed, the raw values; None where either diverged."""
     detectable_harm: float | None = None
-    """Harm that these data would have missed one time in five (80 % power)."""
+    """True harm that the interval would have shown to be above 0 with 80 % power."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,20 +51,31 @@ class TimelinePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class BreakEven:
-    """From which batch size on autocast holds less than fp32, and the two measured facts behind it."""
+    """From which batch size on autocast holds less than fp32 in forward and backward."""
 
     batch_size: float | None
-    """Batch size above which autocast takes less; None if it never does (or always does: see why)."""
+    """Batch size above which autocast takes less; None if it never or always does: see why."""
     cast_bytes: int
     """Low-precision weight copies that live until backward, whatever the batch."""
     saved_bytes_per_sample: float
     """Activation bytes that autocast saves per sample of the batch (may be negative)."""
     why: str
+    measured_at: int | None = None
+    """A batch at or just above the break-even, at which both precisions were measured; None where
+    it would have been too large to measure, and in records without a break-even batch."""
+    measured_bytes: tuple[int, int] | None = None
+    """Peak of forward and backward at ``measured_at``: under autocast, in fp32."""
+    fp32_peak_bytes: int | None = None
+    """Peak of the whole step in fp32 at the record's own batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRecord:
-    """One training step's ledger. ``sum(line.bytes for line in lines) == total_peak_bytes``."""
+    """One training step's ledger. ``sum(line.bytes for line in lines) == total_peak_bytes``.
+
+    On every device the total is the bytes of tensor storages; ``allocated_bytes`` and its like are
+    what CUDA's allocator made of them.
+    """
 
     recipe: str
     precision: str
@@ -81,6 +92,9 @@ class MemoryRecord:
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
     """The three numbers of CUDA's caching allocator at its own peak; None on a CPU."""
+    memtracker_peak_bytes: int | None = None
+    """Peak that ``torch.distributed._tools.mem_tracker.MemTracker`` counts on a repeat of the step
+    with the same batch; None where it was not asked, or could not follow."""
     break_even: BreakEven | None = None
     notes: tuple[str, ...] = ()
     options: dict[str, str | int | float | bool | None] = field(default_factory=dict)

@@ -6,12 +6,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from narrowcast.records.codec import RecordError, from_json
 from narrowcast.records.memory import MemoryRecord
 
-__all__ = ["Environment", "Evaluation", "OptionValue", "RunRecord", "SkippedStep", "StepPoint"]
+__all__ = [
+    "Environment",
+    "Evaluation",
+    "OptionValue",
+    "RunRecord",
+    "SkippedStep",
+    "Status",
+    "StepPoint",
+    "parse_metrics",
+]
 
 OptionValue = str | int | float | bool | None
 SkipReason = Literal["", "gradient overflow", "non-finite gradient", "non-finite loss"]
@@ -69,7 +80,7 @@ class SkippedStep:
     reason: SkipReason
     loss_scale: float
     parameters: tuple[str, ...]
-    """Names of the parameters whose gradients were not finite; the first few, most important first."""
+    """Names of parameters whose gradients were not finite; the first few, most important first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +89,10 @@ class RunRecord:
 
     schema: int = 1
     recipe: str
+    recipe_path: str = ""
+    """The recipe's file."""
+    recipe_digest: str = ""
+    """SHA-256 of that file."""
     options: dict[str, OptionValue]
     precision: str
     policy: dict[str, str | list[str]]
@@ -88,8 +103,13 @@ class RunRecord:
     applied_steps: int = 0
     batch_size: int
     accumulate: int = 1
+    clip_norm: float | None = None
+    perturbation: str = ""
+    """What was changed in the initial weights of a control run, in words."""
     status: Status = "running"
     failure: str = ""
+    failure_kind: str = ""
+    """Class name of the error that ended a failed run; PrecisionError: the numbers broke."""
     evaluations: tuple[Evaluation, ...] = ()
     """All of them; the last fp32 and the last training-precision one are the result."""
     final_loss: float | None = None
@@ -115,3 +135,25 @@ class RunRecord:
     finished: str = ""
     warnings: tuple[str, ...] = ()
     command: str = ""
+
+
+def parse_metrics(text: str) -> tuple[StepPoint | Evaluation, ...]:
+    """Read the lines of a metrics.jsonl, also of one that is being written.
+
+    A last line without its end was torn by a crash, or is still on its way, and is left out.
+    Raises RecordError, naming the line, for any other that is not a point.
+    """
+    points: list[StepPoint | Evaluation] = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            data = json.loads(line)
+            if data["kind"] == "evaluation":
+                points.append(from_json(Evaluation, data))
+            else:
+                points.append(from_json(StepPoint, data))
+        except (ValueError, TypeError, KeyError, RecordError) as error:
+            raise RecordError(
+                f"line {number} of metrics.jsonl is not a point: {line!r:.80}",
+                hint="the file was edited or damaged; the checkpoints are not affected",
+            ) from error
+    return tuple(points)

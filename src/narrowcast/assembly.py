@@ -1,0 +1,140 @@
+"""From a recipe, a policy and options to everything that a training loop turns.
+
+The order is fixed and every part is seeded for itself: data, then the model in fp32, then its
+hash, and only then the policy's cast. Two runs of one seed in two precisions therefore start from
+the same fp32 weights, and the hashes in their records prove it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from narrowcast import __version__, checkpoint
+from narrowcast.cast import numeric_settings
+from narrowcast.data import BatchStream, evaluation_batches, to_device
+from narrowcast.engine import Engine
+from narrowcast.errors import UsageError
+from narrowcast.perturbation import perturb
+from narrowcast.policy import POLICIES, Policy
+from narrowcast.randomness import seed_everything
+from narrowcast.recipes.load import Recipe, option_values
+from narrowcast.records.codec import to_json
+
+__all__ = ["Assembly", "TrainOptions", "assemble", "identity_of", "steps_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What a training is asked, beside recipe and precision."""
+
+    steps: int | None = None
+    """Optimizer steps, applied and skipped; None: what the recipe says."""
+    seed: int = 0
+    accumulate: int = 1
+    """Micro-batches a step."""
+    clip_norm: float | None = None
+    evaluate_every: int | None = None
+    """Steps between evaluations; None: only after the last one."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; None: a tenth of the steps."""
+    perturb: bool = False
+    """Start one unit in the last place away: the control run of a comparison."""
+    measure: bool = True
+    """Measure what the device does badly, executed dtypes and memory, before and on early steps."""
+    deterministic: bool = True
+    """Allow deterministic kernels only, without which a resumed run cannot be exact."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}", hint="it must be 1 or more")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UsageError(f"clip_norm is {self.clip_norm}", hint="it must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """The parts of one training, ready for its first step."""
+
+    recipe: Recipe
+    engine: Engine
+    optimizer: Optimizer
+    stream: BatchStream
+    evaluation_data: Any
+    initial_weights_hash: str
+    """Of all weights and buffers, in fp32, before the policy's cast and after a perturbation."""
+    perturbation: str
+
+
+def steps_of(recipe: Recipe, options: TrainOptions) -> int:
+    """Return the planned steps: as asked, or as the recipe says."""
+    return options.steps or recipe.steps
+
+
+def assemble(
+    recipe: Recipe, policy: Policy, options: TrainOptions, device: torch.device
+) -> Assembly:
+    """Build every part, and leave the random states seeded for training.
+
+    Raises DataError for empty data, RecipeError for what the recipe does wrong.
+    """
+    seed_everything(options.seed, "data")
+    training_data, evaluation_data = recipe.load_data()
+    seed_everything(options.seed, "model")
+    model = recipe.build_model()
+    perturbation = ""
+    if options.perturb:
+        _, batch = next(evaluation_batches(training_data, recipe.batch_size, recipe.collate))
+        with numeric_settings(POLICIES["fp32"]):
+            on_cpu = to_device(batch, "cpu")
+            perturbation = perturb(model, recipe.compute_loss, on_cpu, seed=options.seed)
+    fingerprint = checkpoint.fingerprint(model.state_dict())
+    model.to(device)
+    optimizer = recipe.build_optimizer(model)
+    engine = Engine(
+        model,
+        optimizer,
+        policy,
+        scheduler=recipe.build_scheduler(optimizer, steps_of(recipe, options)),
+        accumulate=options.accumulate,
+        clip_norm=options.clip_norm,
+        device=device,
+    )
+    stream = BatchStream(
+        training_data, recipe.batch_size, seed=options.seed, collate=recipe.collate
+    )
+    seed_everything(options.seed, "training")
+    return Assembly(
+        recipe=recipe,
+        engine=engine,
+        optimizer=optimizer,
+        stream=stream,
+        evaluation_data=evaluation_data,
+        initial_weights_hash=fingerprint,
+        perturbation=perturbation,
+    )
+
+
+def identity_of(
+    recipe: Recipe, policy: Policy, options: TrainOptions, device: torch.device
+) -> dict[str, Any]:
+    """Return what must not differ if a run is to go on exactly, by the names that users know.
+
+    How often to evaluate, to save and whether to measure may differ: they change no bit of it.
+    """
+    free = {"steps", "evaluate_every", "checkpoint_every", "measure"}
+    return {
+        "recipe": recipe.name,
+        "recipe source": recipe.source_hash,
+        "options": option_values(recipe),
+        "steps": steps_of(recipe, options),
+        "policy": to_json(policy),
+        "device": device.type,
+        **{name: value for name, value in asdict(options).items() if name not in free},
+        "versions": {"narrowcast": __version__, "torch": torch.__version__},
+    }

@@ -1,0 +1,107 @@
+"""`narrowcast memory`: where the peak of one training step goes, and when autocast pays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+from rich.console import Console
+
+from narrowcast.cli.common import (
+    AutocastRulesOption,
+    DeviceOption,
+    JsonOption,
+    OutputOption,
+    PrecisionOption,
+    RecipeArgument,
+    SeedOption,
+    SetOption,
+    console,
+    emit_json,
+)
+from narrowcast.errors import RunDirectoryError, UnknownName
+from narrowcast.policy import AutocastRules
+
+if TYPE_CHECKING:
+    from narrowcast.records.memory import MemoryRecord
+
+__all__ = ["register"]
+
+CrossCheckOption = Annotated[
+    bool,
+    typer.Option(
+        help="Repeat the step under torch's own MemTracker and compare the totals (CPU only)."
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the application."""
+    app.command("memory")(memory)
+
+
+def memory(
+    recipe: RecipeArgument,
+    precision: PrecisionOption = "auto",
+    overrides: SetOption = None,
+    device: DeviceOption = None,
+    autocast_rules: AutocastRulesOption = "native",
+    seed: SeedOption = 0,
+    cross_check: CrossCheckOption = True,
+    output: OutputOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Measure one training step: parameters, gradients, activations, weight casts and the rest.
+
+    The third step is measured, storage by storage; the lines add up to the peak to the byte. For
+    precisions that use autocast it also finds the batch size from which they hold less than fp32.
+    """
+    _require_empty(output)
+    if autocast_rules not in get_args(AutocastRules):
+        raise UnknownName.of("autocast rules", autocast_rules, get_args(AutocastRules))
+    from narrowcast.device import device_at_hand, resolve_policy
+    from narrowcast.profiling import measure_recipe
+    from narrowcast.recipes.load import load_recipe
+
+    target = device_at_hand(device)
+    policy, why = resolve_policy(precision, target)
+    out = console()
+    if policy.name != precision:
+        out.print(f"precision {policy.name}: {why}", markup=False, highlight=False)
+    rules: AutocastRules = "cuda" if autocast_rules == "cuda" else "native"
+    with out.status("measuring one training step"):
+        record = measure_recipe(
+            load_recipe(recipe, overrides or ()),
+            replace(policy, autocast_rules=rules),
+            target,
+            seed=seed,
+            cross_check=cross_check and target.type == "cpu",
+        )
+    _write(record, output)
+    emit_json(record, json)
+    if json != "-":
+        _print(record, Console())
+
+
+def _require_empty(output: Path | None) -> None:
+    if output is not None and output.exists() and (output.is_file() or any(output.iterdir())):
+        raise RunDirectoryError(
+            f"{output} exists and is not an empty directory", hint="choose another --output"
+        )
+
+
+def _write(record: MemoryRecord, output: Path | None) -> None:
+    if output is None:
+        return
+    from narrowcast.report.html import write_html
+
+    emit_json(record, str(output / "memory.json"))
+    write_html(record, output / "report.html")
+
+
+def _print(record: MemoryRecord, out: Console) -> None:
+    from narrowcast.report.terminal import render_terminal
+
+    render_terminal(record, out)

@@ -1,0 +1,201 @@
+"""From what a user asks to an honest comparison: the protocol of a recipe, and its real trainings.
+
+The protocol is settled here, from the recipe and the request; ``study`` carries it out and
+``verdicts`` judges.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from narrowcast.assembly import TrainOptions
+from narrowcast.checkpoint import checkpoints_in
+from narrowcast.data import evaluation_batches
+from narrowcast.device import environment, require
+from narrowcast.errors import UnknownName, UsageError
+from narrowcast.events import Event
+from narrowcast.policy import POLICIES, Policy
+from narrowcast.protocol import derive_seeds, parse_margin, protocol_hash
+from narrowcast.randomness import isolated
+from narrowcast.recipes.load import Recipe, option_values
+from narrowcast.records.codec import to_json
+from narrowcast.records.comparison import ComparisonRecord, Protocol
+from narrowcast.records.run import RunRecord
+from narrowcast.run_directory import RunDirectory
+from narrowcast.study import Assignment, ComparisonObserver, Trainer, carry_out
+from narrowcast.train import train
+
+__all__ = ["Plan", "compare", "default_directory", "plan_comparison"]
+
+REFERENCE = POLICIES["fp32"]
+# One-sided; the interval that is shown is the two-sided one of 90 %.
+CONFIDENCE = 0.95
+# A crash loses at most this many steps of the run under way, or a tenth of it.
+_STEPS_WORTH_SAVING = 200
+_PERTURBATION = "fp32 with weights moved by one unit in the last place"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A protocol, and what it takes to carry it out."""
+
+    protocol: Protocol
+    recipe: Recipe
+    policies: dict[str, Policy]
+    device: torch.device
+    notes: tuple[str, ...] = field(default=())
+    """What was decided for the user, to be printed and recorded."""
+
+
+def plan_comparison(
+    recipe: Recipe,
+    policies: Sequence[Policy],
+    *,
+    seeds: int,
+    device: torch.device,
+    margin: str | None = None,
+    metric: str | None = None,
+    steps: int | None = None,
+) -> Plan:
+    """Settle everything that the protocol fixes; no step is trained.
+
+    fp32 is the reference, and is added where it was not named. `metric` is by default the first
+    that the recipe's ``metrics`` returns; `margin` is '0.01' or '1%'.
+
+    Raises UsageError for a request that makes no sense, UnknownName for a metric that the recipe
+    lacks, UnsupportedPrecision for what the device cannot do, RecipeError and DataError for what
+    the recipe does wrong on its first batch.
+    """
+    arms, notes = _arms(policies)
+    for policy in arms:
+        require(policy, device)
+    if steps is not None and steps < 1:
+        raise UsageError(f"{steps} steps make no training", hint="take 1 step or more")
+    amount, kind = parse_margin(margin)
+    chosen = _metric(recipe, metric)
+    protocol = Protocol(
+        recipe=recipe.name,
+        options=option_values(recipe),
+        metric=chosen,
+        direction=recipe.metric_direction(chosen),
+        margin=amount,
+        margin_text=margin or "",
+        margin_kind=kind,
+        steps=steps or recipe.steps,
+        seeds=derive_seeds(recipe.name, seeds),
+        reference=REFERENCE.name,
+        arms=tuple(policy.name for policy in arms),
+        control=_PERTURBATION,
+        evaluation_precision=REFERENCE.name,
+        confidence=CONFIDENCE,
+        device=str(device),
+        policies={policy.name: to_json(policy) for policy in arms},
+        training={"batch_size": recipe.batch_size, "optimizer": recipe.optimizer_choice[0]},
+        recipe_digest=recipe.source_hash,
+    )
+    return Plan(
+        protocol=protocol,
+        recipe=recipe,
+        policies={policy.name: policy for policy in arms},
+        device=device,
+        notes=notes,
+    )
+
+
+def default_directory(plan: Plan, root: Path = Path("runs")) -> Path:
+    """Return the directory of this protocol: the same request finds its own runs again."""
+    return root / f"compare-{plan.recipe.name}-{protocol_hash(plan.protocol)[:8]}"
+
+
+def compare(
+    plan: Plan,
+    directory: Path,
+    *,
+    observe: ComparisonObserver = lambda _: None,
+    command: str = "",
+) -> ComparisonRecord:
+    """Carry a plan out with real trainings; raises what ``study.carry_out`` raises."""
+    return carry_out(
+        plan.protocol,
+        plan.policies,
+        directory,
+        train=_trainer(plan),
+        environment=environment(plan.device),
+        observe=observe,
+        warnings=plan.notes,
+        command=command,
+    )
+
+
+def _arms(policies: Sequence[Policy]) -> tuple[tuple[Policy, ...], tuple[str, ...]]:
+    """Put the reference first; refuse a precision that is named twice, or none beside fp32."""
+    names = [policy.name for policy in policies]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(
+            f"{', '.join(twice)} is named twice among the precisions {', '.join(names)}",
+            hint="name each precision once (16-mixed is fp16, bf16-mixed is bf16, 32-true is fp32)",
+        )
+    candidates = tuple(policy for policy in policies if policy.name != REFERENCE.name)
+    if not candidates:
+        raise UsageError(
+            "there is nothing to compare fp32 with",
+            hint="name at least one precision beside it, as in --precisions fp32,bf16",
+        )
+    added = f"{REFERENCE.name} was added: every precision is judged against it"
+    return (REFERENCE, *candidates), () if REFERENCE.name in names else (added,)
+
+
+def _metric(recipe: Recipe, asked: str | None) -> str:
+    """Return the metric that decides, after seeing which ones the recipe gives on a first batch."""
+    with isolated(0, "metric names"), torch.no_grad():
+        model = recipe.build_model().eval()
+        _, data = recipe.load_data()
+        _, batch = next(iter(evaluation_batches(data, recipe.batch_size, recipe.collate)))
+        names = list(recipe.compute_metrics(model, batch))
+    if asked is None:
+        return names[0]
+    if asked not in (*names, "loss"):
+        raise UnknownName.of("metric", asked, {*names, "loss"})
+    return asked
+
+
+def _trainer(plan: Plan) -> Trainer:
+    """Return what trains one assignment for real, going on with a run that was interrupted."""
+    first = plan.protocol.seeds[0]
+
+    def train_one(assignment: Assignment, observe: Callable[[Event], None]) -> RunRecord:
+        options = TrainOptions(
+            steps=assignment.steps,
+            seed=assignment.seed,
+            perturb=assignment.perturb,
+            checkpoint_every=max(_STEPS_WORTH_SAVING, assignment.steps // 10),
+            # Memory and dtypes of a step are the same for every seed.
+            measure=assignment.seed == first,
+        )
+        return train(
+            plan.recipe,
+            assignment.policy,
+            options,
+            assignment.directory,
+            device=plan.device,
+            observe=observe,
+            resume=_can_go_on(assignment.directory),
+        )
+
+    return train_one
+
+
+def _can_go_on(directory: Path) -> bool:
+    """Whether an earlier call left a checkpoint here; what died before its first one is removed."""
+    home = RunDirectory(directory)
+    if home.holds_a_run() and checkpoints_in(home.checkpoints):
+        return True
+    if directory.exists():
+        shutil.rmtree(directory)
+    return False

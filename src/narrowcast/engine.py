@@ -1,0 +1,391 @@
+"""The order of a training step in every precision: forward, backward, unscale, check, clip, step.
+
+The order is the whole point. Clipping before unscaling clips to a limit 65,536 times too small; a
+scheduler that steps with the loop, not with the weights, runs ahead whenever a step is skipped; a
+scale that moves between two micro-batches adds gradients of different units. Nothing of that raises
+in a plain ``torch.amp`` loop. Here the engine owns the order and tells what it did:
+
+    engine = Engine(model, optimizer, "fp16", scheduler=scheduler, clip_norm=1.0)
+    for inputs, targets in batches:
+        with engine.forward():
+            loss = loss_function(model(inputs), targets)
+        engine.backward(loss)
+        report = engine.step()
+
+One step, in pseudo-code, for losses l with scales s[l] (Micikevicius et al. 2018, section 3):
+
+    gradients  <- sum over micro-batches of  d(s * loss / accumulate)      in backward
+    gradients  <- gradients / s
+    norm       <- L2 norm over all gradients, in fp32                      one read of the device
+    if finite:    clip; optimizer, scheduler, EMA; s <- s.after(finite=True)
+    else:         nothing moves but s, and that only if the loss itself was finite
+    gradients  <- None
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from narrowcast import gradients
+from narrowcast.cast import (
+    backward_context,
+    forward_context,
+    full_precision,
+    numeric_settings,
+    prepare_model,
+)
+from narrowcast.engine_parts import (
+    ONLY,
+    AskedScale,
+    build_lanes,
+    choose_device,
+    choose_policy_for,
+    require_keys,
+    require_numbers,
+    require_same_policy,
+)
+from narrowcast.errors import UnknownName, UsageError
+from narrowcast.lanes import Lane, StepReport
+from narrowcast.policy import POLICIES, Policy
+from narrowcast.records.codec import from_json, to_json
+from narrowcast.records.run import SkippedStep
+from narrowcast.skips import SkipLimit, SkipRow, stuck_error
+from narrowcast.surroundings import Surroundings
+
+__all__ = ["Engine", "StepReport"]
+
+_LOSS = "loss"
+"""The name of a loss that has none."""
+
+
+class _Forward:
+    """What ``engine.forward()`` returns: the engine knows while it is inside."""
+
+    __slots__ = ("_engine", "_surroundings")
+
+    def __init__(self, engine: Engine, surroundings: Surroundings) -> None:
+        self._engine = engine
+        self._surroundings = surroundings
+
+    def __enter__(self) -> None:
+        if self._engine._inside is not None:
+            raise self._engine._refusal("engine.forward()", self._engine._inside)
+        self._engine._inside = "engine.forward()"
+        self._engine._has_forwarded = True
+        self._surroundings.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._surroundings.__exit__(*error)
+        self._engine._inside = None
+
+
+class Engine:
+    """Trains `model` with `optimizer` in the precision `policy`: a Policy, its name, or 'auto'.
+
+    The model is prepared in place (`cast.prepare_model`) on `device`, by default the one it is on.
+    The optimizer must hold parameters of the model. `accumulate` micro-batches make one step: each
+    loss is divided by it, so that equal micro-batches give the gradient of their union's mean.
+    `clip_norm` limits the L2 norm of the unscaled gradients. `scheduler` and `ema` (AveragedModel,
+    or a function of the model) follow applied steps only. `scale` replaces the policy's own way of
+    scaling: a value of ``scaling``, a number to keep, or a mapping of loss names to these.
+
+    `optimizer` may be a mapping of names to optimizers, with mappings of `scheduler` and `ema`:
+    ``engine.backward(loss, "g")`` then writes gradients into parameters of optimizer "g" alone.
+
+    Raises UsageError for parts that do not belong together, UnsupportedPrecision for a policy that
+    the device cannot compute in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Mapping[str, Optimizer],
+        policy: Policy | str,
+        *,
+        scheduler: Any = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        ema: Any = None,
+        device: torch.device | str | None = None,
+        scale: AskedScale = None,
+        max_consecutive_skips: SkipLimit = "auto",
+    ) -> None:
+        require_numbers(accumulate, clip_norm, max_consecutive_skips)
+        self.model = model
+        self.device = choose_device(model, device)
+        self.policy, self.policy_reason = choose_policy_for(self.device, policy)
+        self._accumulate = accumulate
+        self._clip_norm = clip_norm
+        self._limit = max_consecutive_skips
+        self._skips: list[SkippedStep] = []
+        self._inside: str | None = None
+        self._has_forwarded = False
+        self._seeds: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        prepare_model(model, self.policy, self.device)
+        self._lanes = build_lanes(
+            model,
+            self.policy,
+            optimizer,
+            scheduler=scheduler,
+            ema=ema,
+            accumulate=accumulate,
+            scale=scale,
+        )
+        self._only = None if isinstance(optimizer, Mapping) else self._lanes[ONLY]
+        kind = self.device.type
+        around_forward = Surroundings(self.policy, kind, forward_context(self.policy, kind))
+        self._forward = _Forward(self, around_forward)
+        self._around_forward = around_forward
+        self._around_backward = Surroundings(self.policy, kind, backward_context(self.policy, kind))
+        self._around_step = Surroundings(self.policy, kind)
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Return the context for the forward pass and the loss: autocast as the policy says."""
+        return self._forward
+
+    def backward(
+        self,
+        loss: Tensor,
+        name: str | None = None,
+        *,
+        optimizer: str | None = None,
+        retain_graph: bool = False,
+    ) -> None:
+        """Add the gradients of ``scale * loss / accumulate`` to those pending.
+
+        `name` is the loss's, and with several optimizers the optimizer's too, unless `optimizer`
+        says which; every loss has its own scale. A pass that raises drops what was pending.
+        """
+        if self._inside is not None or torch.is_autocast_enabled(self.device.type):
+            raise self._refusal("engine.backward", self._inside or "autocast")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise _unusable_loss(loss)
+        if not self._has_forwarded:
+            raise UsageError(
+                "engine.backward(loss), but engine.forward() was never entered: the loss was not "
+                f"computed under policy {self.policy.name!r}",
+                hint="with engine.forward(): loss = loss_function(model(inputs), targets)",
+            )
+        lane, source = self._route(name, optimizer)
+        scale = lane.scale_of(source)
+        if lane.source != source:
+            lane.take_over(source, scale)
+        try:
+            with self._around_backward:
+                gradients.run_backward(
+                    loss,
+                    self._seed(scale / self._accumulate, loss),
+                    retain_graph=retain_graph,
+                    inputs=None if self._only is not None else lane.parameters(),
+                )
+                lane.note(source, loss)
+        except BaseException:
+            lane.discard()
+            raise
+
+    def step(self, name: str | None = None, *, flush: bool = False) -> StepReport:
+        """Close a micro-batch; with the last one of an accumulation, or `flush`, make the step.
+
+        Gradients are None afterwards, applied or skipped. `flush` makes the step from the
+        micro-batches that there are, normalised to their number. One read of the device a step,
+        a few more when it is skipped.
+
+        Raises PrecisionError after too many skipped steps in a row (`SkipRow.is_too_long`);
+        UsageError when there was no backward pass, or none that reached the optimizer.
+        """
+        if self._inside is not None:
+            raise self._refusal("engine.step", self._inside)
+        lane = self._lane(name)
+        if lane.backwards:
+            lane.micro_batches += 1
+            lane.backwards = 0
+        elif not flush:
+            raise UsageError(
+                f"engine.step() without engine.backward() before it (optimizer {lane.name!r})",
+                hint="call engine.backward(loss), and engine.step() once per micro-batch",
+            )
+        if lane.micro_batches == 0 or (lane.micro_batches < self._accumulate and not flush):
+            return StepReport(complete=False, step=lane.progress.tried + 1, loss_scale=lane.scale)
+        try:
+            with self._around_step:
+                report = lane.close(self._accumulate, self._clip_norm)
+        finally:
+            lane.discard()
+        return report if report.applied else self._record(lane, report)
+
+    def zero_grad(self, name: str | None = None) -> None:
+        """Drop pending gradients and the micro-batches counted so far, of one optimizer or all."""
+        for lane in self._lanes.values() if name is None else (self._lane(name),):
+            lane.discard()
+
+    @contextmanager
+    def evaluating(
+        self,
+        precision: Literal["fp32", "training"] = "fp32",
+        *,
+        model: nn.Module | None = None,
+    ) -> Iterator[str]:
+        """Evaluate the model (or `model`, such as an EMA) without gradients, in evaluation mode.
+
+        In full precision from the stored weights, with autocast and TF32 off, or under the
+        policy's own forward context. Yields the label for the figures: 'fp32' or the policy's name.
+        """
+        if precision not in ("fp32", "training"):
+            raise UnknownName.of("evaluation precision", precision, ("fp32", "training"))
+        target = self.model if model is None else model
+        if self._inside is not None:
+            raise self._refusal("engine.evaluating()", self._inside)
+        self._inside = "engine.evaluating()"
+        training = [module for module in target.modules() if module.training]
+        try:
+            target.eval()
+            with torch.no_grad():
+                if precision == "fp32":
+                    with numeric_settings(POLICIES["fp32"]), full_precision(target):
+                        yield "fp32"
+                else:
+                    with self._around_forward:
+                        yield self.policy.name
+        finally:
+            for module in training:
+                module.training = True
+            self._inside = None
+
+    @property
+    def skips(self) -> tuple[SkippedStep, ...]:
+        """All steps that were skipped, in order, also those before a resumed checkpoint."""
+        return tuple(self._skips)
+
+    def tried_steps(self, name: str | None = None) -> int:
+        """Count an optimizer's steps, applied and skipped."""
+        return self._lane(name).progress.tried
+
+    def applied_steps(self, name: str | None = None) -> int:
+        """Count an optimizer's applied steps."""
+        return self._lane(name).progress.applied
+
+    def loss_scales(self, name: str | None = None) -> dict[str, float]:
+        """Return the current scale of each loss that an optimizer has seen."""
+        return {loss: s.scale for loss, s in self._lane(name).scales.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to continue, but for the model's weights and random states.
+
+        Raises UsageError inside an accumulation: pending gradients are not saved.
+        """
+        self._require_boundary("state_dict")
+        return {
+            "policy": to_json(self.policy),
+            "lanes": {name: lane.state_dict() for name, lane in self._lanes.items()},
+            "skips": to_json(self._skips),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises CheckpointError when policy, optimizers, schedulers or EMAs differ from the saved.
+        """
+        self._require_boundary("load_state_dict")
+        require_keys("state of the engine", saved, set(self.state_dict()))
+        require_same_policy(self.policy, saved["policy"])
+        require_keys("state of the optimizers", saved["lanes"], set(self._lanes))
+        for name, lane in self._lanes.items():
+            require_keys(
+                f"state of optimizer {name!r}", saved["lanes"][name], set(lane.state_dict())
+            )
+        for name, lane in self._lanes.items():
+            lane.load_state_dict(saved["lanes"][name])
+        self._skips = [from_json(SkippedStep, skip) for skip in saved["skips"]]
+
+    def _record(self, lane: Lane, report: StepReport) -> StepReport:
+        """Write a skipped step into the ledger, and give up when there were too many in a row."""
+        skip = SkippedStep(
+            step=report.step,
+            reason=report.reason,
+            loss_scale=report.loss_scale,
+            parameters=report.parameters,
+        )
+        self._skips.append(skip)
+        row = lane.progress.row
+        if row.is_too_long(self._limit):
+            lane.progress.row = SkipRow()  # whoever catches the error gets as many tries again
+            raise stuck_error(row, skip)
+        return report
+
+    @staticmethod
+    def _refusal(what: str, where: str) -> UsageError:
+        return UsageError(
+            f"{what} was called inside {where}",
+            hint="close the with block first: only the forward pass and the loss belong inside it",
+        )
+
+    def _lane(self, name: str | None) -> Lane:
+        if name is None and self._only is not None:
+            return self._only
+        if name is None:
+            raise UsageError(
+                "which optimizer?", hint=f"name one of {', '.join(map(repr, self._lanes))}"
+            )
+        if callable(name):
+            raise UsageError(
+                "engine.step takes no closure, as each call of it would need a scale of its own",
+                hint="compute the loss before, under engine.forward(), and call engine.backward",
+            )
+        if name not in self._lanes:
+            raise UnknownName.of("optimizer", name, self._lanes)
+        return self._lanes[name]
+
+    def _route(self, name: str | None, optimizer: str | None) -> tuple[Lane, str]:
+        """Return the lane that a loss writes into, and the loss's name."""
+        if self._only is not None and optimizer is None:
+            return self._only, name or _LOSS
+        lane = self._lane(name if optimizer is None else optimizer)
+        return lane, name or lane.name
+
+    def _seed(self, factor: float, loss: Tensor) -> Tensor:
+        """Return the gradient that backward starts from, of the loss's shape, dtype and device.
+
+        Starting from it is the same as multiplying the loss, without a product to overflow. In fp16
+        65,536 is infinite, as in torch's GradScaler: the scale then moves down once.
+        """
+        key = (factor, loss.dtype, loss.device)
+        seed = self._seeds.get(key)
+        if seed is None:
+            if not loss.is_floating_point():
+                raise _unusable_loss(loss)
+            wide = torch.full((), factor, dtype=torch.float64, device=loss.device)
+            seed = self._seeds[key] = wide.to(loss.dtype)
+        return seed if loss.dim() == 0 else seed.expand(loss.shape)
+
+    def _require_boundary(self, what: str) -> None:
+        for lane in self._lanes.values():
+            if lane.source is not None:
+                raise UsageError(
+                    f"{what} in the middle of a step: gradients are pending in {lane.name!r} "
+                    f"({lane.micro_batches} of {self._accumulate} micro-batches closed)",
+                    hint="call it after engine.step() returned a complete report, or make one with "
+                    "engine.step(flush=True), or drop the gradients with engine.zero_grad()",
+                )
+
+
+def _unusable_loss(loss: object) -> UsageError:
+    if not isinstance(loss, Tensor):
+        return UsageError(
+            f"the loss is a {type(loss).__name__}", hint="pass the tensor, not .item()"
+        )
+    if loss.numel() != 1 or loss.is_complex():
+        return UsageError(
+            f"the loss is {loss.dtype} of shape {tuple(loss.shape)}, not one real number",
+            hint="reduce it first, as with loss.mean()",
+        )
+    return UsageError(
+        "the loss does not depend on anything that requires a gradient",
+        hint="was the forward pass run under torch.no_grad() or engine.evaluating(), or the loss "
+        "detached?",
+    )

@@ -1,0 +1,280 @@
+"""What an engine is built from, and whether the parts belong together.
+
+A scheduler of another optimizer, an optimizer of another model, an EMA of half the parameters: in a
+plain loop each of these trains something, quietly. They are found here, before the first step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from narrowcast.cast import torch_dtype
+from narrowcast.device import device_at_hand, require, resolve_policy
+from narrowcast.errors import CheckpointError, UnknownName, UsageError
+from narrowcast.lanes import Followers, Lane
+from narrowcast.policy import Policy
+from narrowcast.records.codec import to_json
+from narrowcast.scaling import DynamicScale, LossScale, NoScale, StaticScale
+from narrowcast.skips import SkipLimit
+
+__all__ = [
+    "ONLY",
+    "AskedScale",
+    "build_lanes",
+    "choose_device",
+    "choose_policy_for",
+    "require_keys",
+    "require_numbers",
+    "require_same_policy",
+]
+
+ONLY = "optimizer"
+"""The lane's name where there is one optimizer."""
+
+AskedScale = LossScale | float | Mapping[str, LossScale | float] | None
+
+
+def require_numbers(
+    accumulate: int, clip_norm: float | None, max_consecutive_skips: SkipLimit
+) -> None:
+    """Raise UsageError unless all make sense."""
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise UsageError(
+            f"accumulate={accumulate!r}: it is the number of micro-batches in a step",
+            hint="1 makes a step of every backward pass",
+        )
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise UsageError(
+            f"clip_norm={clip_norm!r}: it is the largest L2 norm of the gradients to step with",
+            hint="leave it out to clip nothing; the norm is reported all the same",
+        )
+    limit = max_consecutive_skips
+    if limit not in ("auto", None) and not (isinstance(limit, int) and limit >= 1):
+        raise UsageError(
+            f"max_consecutive_skips={limit!r}: it is how many skips in a row end the training",
+            hint="'auto' counts those that no lower scale can cure, None never ends it",
+        )
+
+
+def choose_device(model: nn.Module, asked: torch.device | str | None) -> torch.device:
+    """Return the device asked for, or the one that the model is on."""
+    if asked is not None:
+        return device_at_hand(str(asked))
+    found = {p.device for p in model.parameters()}
+    if len(found) > 1:
+        raise UsageError(
+            f"the model's parameters are on {', '.join(sorted(map(str, found)))}",
+            hint="an engine trains on one device: pass device=... to move them all there",
+        )
+    return found.pop() if found else device_at_hand()
+
+
+def choose_policy_for(device: torch.device, asked: Policy | str) -> tuple[Policy, str]:
+    """Return the policy and why it is this one; raises UnsupportedPrecision if it cannot be."""
+    if isinstance(asked, str):
+        return resolve_policy(asked, device)
+    require(asked, device)
+    return asked, "as asked"
+
+
+def build_lanes(
+    model: nn.Module,
+    policy: Policy,
+    optimizer: Optimizer | Mapping[str, Optimizer],
+    *,
+    scheduler: Any,
+    ema: Any,
+    accumulate: int,
+    scale: AskedScale,
+) -> dict[str, Lane]:
+    """Make a lane of each optimizer, with its scheduler and EMA."""
+    _require_scales(scale)
+    several = isinstance(optimizer, Mapping)
+    optimizers = optimizer if isinstance(optimizer, Mapping) else {ONLY: optimizer}
+    schedulers, emas = (
+        _by_name(what, part, optimizers) if several else {ONLY: part}
+        for what, part in (("scheduler", scheduler), ("ema", ema))
+    )
+    if not optimizers:
+        raise UsageError("an empty mapping of optimizers", hint="pass at least one")
+    for name, one in optimizers.items():
+        _require_plain_step(one, name)
+    _require_membership(model, optimizers, several=several)
+    reduce = torch_dtype(policy.reduce)
+    narrow = any(p.element_size() < reduce.itemsize for p in model.parameters())
+    return {
+        name: Lane(
+            name,
+            one,
+            followers=_followers(one, schedulers.get(name), emas.get(name), model),
+            names=lambda: {id(p): name for name, p in model.named_parameters()},
+            first_scale=lambda source: _first_scale(source, policy, scale),
+            wide_sums=reduce if narrow and accumulate > 1 else None,
+        )
+        for name, one in optimizers.items()
+    }
+
+
+def _by_name(what: str, part: Any, optimizers: Mapping[str, Optimizer]) -> Mapping[str, Any]:
+    if part is None:
+        return {}
+    if not isinstance(part, Mapping):
+        raise UsageError(
+            f"{what} is one {type(part).__name__}, but there are several optimizers",
+            hint=f"pass a mapping, such as {what}={{{next(iter(optimizers))!r}: ...}}",
+        )
+    for name in part:
+        if name not in optimizers:
+            raise UnknownName.of("optimizer", name, optimizers)
+    return part
+
+
+def _first_scale(source: str, policy: Policy, asked: AskedScale) -> LossScale:
+    """Return what a loss begins with: what was asked for it, or what the policy says."""
+    one = asked.get(source) if isinstance(asked, Mapping) else asked
+    if one is None:
+        return DynamicScale() if policy.scaling == "dynamic" else NoScale()
+    return StaticScale(scale=float(one)) if isinstance(one, int | float) else one
+
+
+def _require_scales(asked: AskedScale) -> None:
+    known = (NoScale, StaticScale, DynamicScale, int, float, type(None))
+    for one in asked.values() if isinstance(asked, Mapping) else (asked,):
+        if not isinstance(one, known):
+            raise UsageError(
+                f"scale={one!r} is not a loss scale",
+                hint="pass a number to keep, or a value such as scaling.DynamicScale(floor=128.0)",
+            )
+
+
+def _require_membership(
+    model: nn.Module, optimizers: Mapping[str, Optimizer], *, several: bool
+) -> None:
+    """Each optimizer holds the model's parameters, and no two hold the same one.
+
+    With several optimizers one may train a module that is not the model's, such as a discriminator.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    owner: dict[int, str] = {}
+    for name, optimizer in optimizers.items():
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        foreign = [p for p in held if id(p) not in names]
+        if foreign and not (several and len(foreign) == len(held)):
+            raise UsageError(
+                f"optimizer {name!r} holds {len(held)} parameters, of which {len(foreign)} are not "
+                "the model's: they would not be moved or cast with it",
+                hint="build the optimizer from the parameters of this very model, and put further "
+                "trained modules into the model (nn.ModuleDict)",
+            )
+        if any(p.dtype is torch.float16 for p in foreign):
+            raise UsageError(
+                f"optimizer {name!r} holds fp16 parameters, whose gradients cannot be unscaled",
+                hint="keep trained weights in fp32 (module.float()); autocast computes in fp16",
+            )
+        for p in held:
+            if owner.setdefault(id(p), name) != name:
+                raise UsageError(
+                    f"the optimizers {owner[id(p)]!r} and {name!r} both hold parameter "
+                    f"{names.get(id(p), tuple(p.shape))!r}",
+                    hint="give it to one of them; several losses on one optimizer are told apart "
+                    "by engine.backward(loss, name)",
+                )
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """List the parameters that a call cannot leave out."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+
+
+def _require_plain_step(optimizer: Optimizer, name: str) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(
+            f"{name!r} is a {type(optimizer).__name__}, not a torch.optim.Optimizer",
+            hint="pass one optimizer, or a mapping of names to optimizers",
+        )
+    # The class's own, without self: schedulers wrap the instance's in a way that shows self again.
+    if needed := _required(type(optimizer).step)[1:]:
+        raise UsageError(
+            f"{type(optimizer).__name__}.step needs {', '.join(needed)}: it calls the model "
+            "several times a step, and each call would need its own scale, check and clipping",
+            hint="train with an optimizer whose step() takes nothing, or without an engine",
+        )
+
+
+def _followers(optimizer: Optimizer, scheduler: Any, ema: Any, model: nn.Module) -> Followers:
+    followers: Followers = {}
+    if scheduler is not None:
+        _require_own_scheduler(scheduler, optimizer)
+        followers["scheduler"] = (scheduler, scheduler.step)
+    if ema is None:
+        return followers
+    if hasattr(ema, "update_parameters"):
+        if isinstance(ema, nn.Module):
+            _require_same_parameters(ema, model)
+            ema.to(next(model.parameters()).device)
+        followers["ema"] = (ema, lambda: ema.update_parameters(model))
+    elif callable(ema) and not isinstance(ema, nn.Module):
+        followers["ema"] = (ema, lambda: ema(model))
+    else:
+        raise UsageError(
+            f"ema is a {type(ema).__name__}, which has no update_parameters(model)",
+            hint="pass torch.optim.swa_utils.AveragedModel(model), or a function of the model",
+        )
+    return followers
+
+
+def _require_own_scheduler(scheduler: Any, optimizer: Optimizer) -> None:
+    kind = type(scheduler).__name__
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise UsageError(
+            f"the {kind} was built for another optimizer",
+            hint="build the scheduler from the optimizer that you pass to the engine",
+        )
+    if needed := _required(scheduler.step):
+        raise UsageError(
+            f"{kind}.step needs {', '.join(needed)}, which an optimizer step does not know",
+            hint="leave it out and call its step yourself, after evaluation",
+        )
+
+
+def _require_same_parameters(ema: nn.Module, model: nn.Module) -> None:
+    """AveragedModel pairs parameters by position and would stop at the shorter list."""
+    averaged = [tuple(p.shape) for p in ema.parameters()]
+    own = [tuple(p.shape) for p in model.parameters()]
+    if averaged != own:
+        raise UsageError(
+            f"the EMA averages {len(averaged)} parameters, the engine's model has {len(own)} or of "
+            "other shapes",
+            hint="for a part of the model pass a function: "
+            "lambda model: average.update_parameters(model['generator'])",
+        )
+
+
+def require_keys(what: str, saved: Mapping[str, Any], expected: set[str]) -> None:
+    """Raise CheckpointError unless a saved mapping has these keys and no others."""
+    if set(saved) != expected:
+        raise CheckpointError(
+            f"the saved {what} holds {sorted(saved)}, expected {sorted(expected)}",
+            hint="load the state of an engine that was built alike",
+        )
+
+
+def require_same_policy(policy: Policy, saved: Any) -> None:
+    """Raise CheckpointError, naming what differs, unless a policy was saved from an equal one."""
+    own = to_json(policy)
+    differing = [key for key in {*own, *saved} if own.get(key) != saved.get(key)]
+    if differing:
+        changes = ", ".join(f"{k}: {saved.get(k)!r} -> {own.get(k)!r}" for k in sorted(differing))
+        raise CheckpointError(
+            f"the saved state is of another policy ({changes})",
+            hint="to go on in another precision, load the weights alone and start a new engine",
+        )

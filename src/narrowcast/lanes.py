@@ -1,0 +1,308 @@
+"""One optimizer and what is pending in its gradients: which losses, at which scale, how many.
+
+Gradients in ``.grad`` mean nothing without the scale at which they stand, and a loss scale is found
+per loss. A lane keeps the two together from the first backward pass of an effective batch (its
+*window*) to the step that closes it, so that gradients of unknown scale never reach an optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from narrowcast import gradients
+from narrowcast.errors import UsageError
+from narrowcast.records.run import SkipReason
+from narrowcast.scaling import (
+    DynamicScale,
+    LossScale,
+    NoScale,
+    loss_scale_from_dict,
+    loss_scale_to_dict,
+)
+from narrowcast.skips import SkipRow, nonfinite_parameters
+
+__all__ = ["Followers", "Lane", "Progress", "StepReport"]
+
+Followers = dict[str, tuple[Any, Callable[[], Any]]]
+"""What follows applied steps, by name: the object, and the call to make."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one call of `Engine.step` did."""
+
+    complete: bool = True
+    """False in the middle of an accumulation: nothing was done, nothing below is meant."""
+    applied: bool = False
+    reason: SkipReason = ""
+    """Why the step was skipped; empty when it was applied."""
+    step: int
+    """Number of the step, from 1; skipped ones count."""
+    loss_scale: float
+    """The scale of this step's gradients, before it moved."""
+    gradient_norm: float = math.nan
+    """L2 norm over all unscaled gradients, before clipping."""
+    parameters: tuple[str, ...] = ()
+    """Of a skipped step: whose gradients were not finite, nearest the loss first, at most 8."""
+    loss: str = ""
+    """Of a skipped step: the loss whose backward pass was the first to leave such gradients."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a lane has come; all of it is saved."""
+
+    tried: int = 0
+    """Closed windows: steps applied and steps skipped."""
+    applied: int = 0
+    row: SkipRow = field(default_factory=SkipRow)
+    """Skipped steps since the last applied one."""
+
+
+class _StepGuard:
+    """Optimizer hook: while gradients are pending, ``optimizer.step()`` is the engine's to call."""
+
+    __slots__ = ("is_armed", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_armed = False
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.is_armed:
+            raise UsageError(
+                f"optimizer {self.name!r} was stepped while gradients of engine.backward were "
+                "pending: not yet unscaled, checked or clipped",
+                hint="call engine.step() instead of optimizer.step() or scaler.step(optimizer)",
+            )
+
+
+class Lane:
+    """One optimizer, what follows its applied steps, and the window that is open.
+
+    `followers` run after each applied step, in order, and are saved where they can be.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        optimizer: Optimizer,
+        *,
+        followers: Followers,
+        names: Callable[[], Mapping[int, str]],
+        first_scale: Callable[[str], LossScale],
+        wide_sums: torch.dtype | None,
+    ) -> None:
+        self.name = name
+        self.optimizer = optimizer
+        self.followers = followers
+        self.progress = Progress()
+        self.scales: dict[str, LossScale] = {}
+        """The scale of each loss seen so far."""
+        self._names = names
+        self.source: str | None = None
+        """The loss that wrote last into the open window; None when none is open."""
+        self.scale = 1.0
+        """What the pending gradients stand multiplied by."""
+        self._losses: list[tuple[str, Tensor]] = []
+        self._checks: list[tuple[str, Tensor]] = []
+        """For each change of loss within the window: who wrote before, and was all finite then."""
+        self.backwards = 0
+        """Backward passes since the last micro-batch was closed."""
+        self.micro_batches = 0
+        self._first_scale = first_scale
+        self._norm_dtype = gradients.norm_dtype(optimizer)
+        self._sums = None if wide_sums is None else gradients.WideSums(wide_sums)
+        self._guard = _StepGuard(name)
+        optimizer.register_step_pre_hook(self._guard)
+
+    def scale_of(self, source: str) -> float:
+        """Return the scale of a loss, which begins with its first backward pass."""
+        known = self.scales.get(source)
+        if known is None:
+            known = self.scales[source] = self._first_scale(source)
+        return known.scale
+
+    def parameters(self) -> list[Tensor]:
+        """List the optimizer's parameters that take gradients now; raises UsageError for none."""
+        groups = self.optimizer.param_groups
+        found = [p for group in groups for p in group["params"] if p.requires_grad]
+        if not found:
+            raise UsageError(
+                f"all parameters of optimizer {self.name!r} are frozen (requires_grad=False)",
+                hint="unfreeze them before its backward pass",
+            )
+        return found
+
+    def take_over(self, source: str, scale: float) -> None:
+        """Make the pending gradients ready for those of another loss: same scale, checked before.
+
+        The check is not read here, so it costs no synchronisation. Rescaling is exact for powers
+        of two, but for subnormal results.
+        """
+        if self.source is None:
+            self._require_no_foreign_gradients()
+        else:
+            pending = self._pending()
+            if pending:
+                self._checks.append((self.source, gradients.all_finite(pending)))
+                if scale != self.scale:
+                    gradients.scale(pending, scale / self.scale)
+        self.source = source
+        self.scale = scale
+        self._guard.is_armed = True
+
+    def note(self, source: str, loss: Tensor) -> None:
+        """Record a finished backward pass; `loss` is what it started from, before scaling."""
+        self._losses.append((source, loss.detach()))
+        self.backwards += 1
+        if self._sums is not None:
+            self._sums.add(self.optimizer)
+
+    def close(self, accumulate: int, clip_norm: float | None) -> StepReport:
+        """Unscale, check, clip and step; or skip. `discard` comes next in either case."""
+        pending = self._pending()
+        if not pending:
+            raise UsageError(
+                f"no backward pass reached a parameter of optimizer {self.name!r}",
+                hint="does the loss depend on these parameters, and do they require gradients?",
+            )
+        factor = accumulate / (self.micro_batches * self.scale)
+        if factor != 1.0:
+            gradients.scale(pending, factor)
+        norms = gradients.norms(pending, self._norm_dtype)
+        norm = gradients.read_total(norms)
+        if not norm <= gradients.LARGEST_SURE_NORM:
+            exact = gradients.exact_norms(pending)
+            if exact is None:
+                return self._skip(norm)
+            norms, norm = exact, gradients.read_total(exact)
+        # Leaves room for rounding: where the coefficient comes out as 1, it changes nothing.
+        if clip_norm is not None and norm + 1e-6 > 0.99 * clip_norm:
+            gradients.clip(pending, norms, clip_norm)
+        self._hand_over()
+        self._apply()
+        return self._applied(norm)
+
+    def _pending(self) -> list[Tensor]:
+        """List the pending gradients, or their wide sums, as dense tensors."""
+        if self._sums is not None:
+            return self._sums.collect(self.optimizer)
+        return gradients.collect(self.optimizer)
+
+    def _hand_over(self) -> None:
+        """Put what `_pending` lists where the optimizer reads it."""
+        if self._sums is not None:
+            self._sums.round_into_gradients()
+
+    def _apply(self) -> None:
+        """Step the optimizer, then all that counts applied steps."""
+        self._guard.is_armed = False
+        self.optimizer.step()
+        for _, follow in self.followers.values():
+            follow()
+
+    def _applied(self, norm: float) -> StepReport:
+        for source in dict(self._losses):
+            self.scales[source] = self.scales[source].after(finite=True)
+        progress = self.progress
+        progress.tried += 1
+        progress.applied += 1
+        if progress.row.skipped:
+            progress.row = progress.row.after_applied()
+        return StepReport(
+            applied=True, step=progress.tried, loss_scale=self.scale, gradient_norm=norm
+        )
+
+    def _skip(self, norm: float) -> StepReport:
+        """Count a skipped step and move the scale of the loss at fault; reads the device."""
+        self._hand_over()
+        source = self._culprit()
+        scale = self.scales[source]
+        reason: SkipReason = "gradient overflow"
+        if source in self._bad_losses():
+            reason = "non-finite loss"
+            self.scales[source] = scale.after_nonfinite_loss()
+        elif isinstance(scale, NoScale):
+            reason = "non-finite gradient"
+        else:
+            self.scales[source] = scale.after(finite=False)
+        can_go_down = isinstance(scale, DynamicScale) and not scale.is_at_floor
+        progress = self.progress
+        progress.tried += 1
+        progress.row = progress.row.after_skip(
+            curable=can_go_down and reason == "gradient overflow"
+        )
+        return StepReport(
+            reason=reason,
+            step=progress.tried,
+            loss_scale=scale.scale,
+            gradient_norm=norm,
+            parameters=nonfinite_parameters(self.optimizer, self._names()),
+            loss=source,
+        )
+
+    def _culprit(self) -> str:
+        """Name the loss whose backward pass was the first to leave a non-finite gradient."""
+        assert self.source is not None, "only an open window fails"
+        return next((name for name, finite in self._checks if not bool(finite)), self.source)
+
+    def _bad_losses(self) -> set[str]:
+        """Name the losses of this window that were not finite themselves."""
+        values = torch.stack([loss.reshape(()).double() for _, loss in self._losses]).tolist()
+        return {
+            name
+            for (name, _), value in zip(self._losses, values, strict=True)
+            if not math.isfinite(value)
+        }
+
+    def discard(self) -> None:
+        """Drop the window: gradients become None, as after ``zero_grad(set_to_none=True)``."""
+        gradients.discard(self.optimizer)
+        if self._sums is not None:
+            self._sums.discard()
+        self.source = None
+        self._guard.is_armed = False
+        self._losses.clear()
+        self._checks.clear()
+        self.backwards = 0
+        self.micro_batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the optimizer, of the followers that have one, and the progress."""
+        stateful = {"optimizer": self.optimizer} | {
+            name: follower
+            for name, (follower, _) in self.followers.items()
+            if hasattr(follower, "state_dict")
+        }
+        return {
+            "progress": asdict(self.progress),
+            "scales": {name: loss_scale_to_dict(scale) for name, scale in self.scales.items()},
+        } | {name: part.state_dict() for name, part in stateful.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Load what `state_dict` of a lane with the same parts returned."""
+        progress = dict(saved["progress"])
+        self.progress = Progress(**progress | {"row": SkipRow(**progress["row"])})
+        self.scales = {n: loss_scale_from_dict(scale) for n, scale in saved["scales"].items()}
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for name in self.followers.keys() & saved.keys():
+            self.followers[name][0].load_state_dict(saved[name])
+
+    def _require_no_foreign_gradients(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    raise UsageError(
+                        f"parameters of {self.name!r} hold gradients that engine.backward did not "
+                        "write: at which scale they stand is unknown",
+                        hint="call engine.backward(loss) instead of loss.backward() or "
+                        "scaler.scale(loss).backward(); engine.zero_grad() drops old gradients",
+                    )

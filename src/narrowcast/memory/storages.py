@@ -1,0 +1,196 @@
+"""The book of live storages: who they are, how many bytes, when they came and when they went.
+
+A tensor is a view; memory belongs to its storage. Several tensors share one, so bytes are counted
+once per storage, from the moment it is first seen until a weak reference says that it is gone.
+
+Nothing is classified while the step runs. The book keeps a log of (holding, change in bytes), and
+a holding's role may be learned late: that a forward output was saved for backward, or that a
+product of backward became a ``.grad``, is known only afterwards. Reading the log with the final
+roles (``attribution``) is what makes the categories at the peak true.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+__all__ = ["Holding", "Role", "StorageBook", "storages_of", "tensors_in"]
+
+
+class Role:
+    """The categories of ``records.memory`` by name; RANK says which claim wins over which."""
+
+    UNATTRIBUTED: Final = "unattributed"
+    TEMPORARY: Final = "temporaries"
+    ACTIVATION: Final = "activations"
+    CAST: Final = "autocast_casts"
+    INPUT: Final = "inputs"
+    GRADIENT: Final = "gradients"
+    OPTIMIZER: Final = "optimizer_state"
+    MASTER: Final = "master_weights"
+    BUFFER: Final = "buffers"
+    PARAMETER: Final = "parameters"
+
+
+# What a storage *is* beats what happens to it: a parameter that is saved for backward stays a
+# parameter. A storage that was there before the ledger looked is not made an activation by being
+# saved, since it would be held anyway.
+_RANK = {
+    Role.TEMPORARY: 0,
+    Role.ACTIVATION: 1,
+    Role.UNATTRIBUTED: 2,
+    Role.CAST: 3,
+    Role.INPUT: 4,
+    Role.GRADIENT: 5,
+    Role.OPTIMIZER: 6,
+    Role.MASTER: 7,
+    Role.BUFFER: 8,
+    Role.PARAMETER: 9,
+}
+
+
+_SPARSE_PARTS: dict[torch.layout, tuple[Callable[[Tensor], Tensor], ...]] = {
+    torch.sparse_coo: (Tensor._indices, Tensor._values),
+    torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices, Tensor.values),
+    torch.sparse_csc: (Tensor.ccol_indices, Tensor.row_indices, Tensor.values),
+}
+
+
+class Holding:
+    """One storage: its size now, its role as far as known, the module that it belongs to."""
+
+    __slots__ = ("bytes", "key", "module", "reference", "role")
+
+    def __init__(self, key: int, size: int, role: str, module: str) -> None:
+        self.key = key
+        self.bytes = size
+        self.role = role
+        self.module = module
+        self.reference: weakref.ref[torch.UntypedStorage] | None = None
+
+    def claim(self, role: str, module: str | None = None) -> None:
+        """Take a role, and a module with it, unless a stronger one is already known."""
+        if _RANK[role] > _RANK[self.role]:
+            self.role = role
+            if module is not None:
+                self.module = module
+
+
+def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages under a tensor: those of its parts for sparse and wrapper tensors.
+
+    A tensor of an opaque layout (oneDNN's) shows none.
+    """
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        for name in flatten()[0]:
+            yield from storages_of(getattr(tensor, name))
+    elif tensor.layout is torch.strided:
+        yield tensor.untyped_storage()
+    else:
+        for part in _SPARSE_PARTS.get(tensor.layout, ()):
+            yield part(tensor).untyped_storage()
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a nest of sequences, mappings and dataclass instances."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+class StorageBook:
+    """All live storages on one device, and the log of their comings, goings and changes of size."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.total = 0
+        self.log: list[tuple[Holding, int]] = []
+        self._live: dict[int, Holding] = {}
+        self._open = True
+
+    def find(self, tensor: Tensor) -> Holding | None:
+        """Return the holding of a tensor's (first) storage, None if unknown or elsewhere."""
+        if tensor.device != self.device:
+            return None
+        first = next(storages_of(tensor), None)
+        return None if first is None else self._live.get(first._cdata)
+
+    def read(self, tensor: Tensor, module: str) -> None:
+        """Note what an operation reads; what is new then was there before the ledger looked.
+
+        Unknown scalars are passed over: they are bookkeeping, such as the loss scale of
+        ``torch.amp.GradScaler``, and MemTracker does not count them either.
+        """
+        if tensor.device == self.device and (tensor.numel() > 1 or self.find(tensor) is not None):
+            self._see_all(tensor, Role.UNATTRIBUTED, module)
+
+    def made(self, tensor: Tensor, module: str) -> None:
+        """Note what an operation returns: a new storage, or a view of a known one."""
+        if tensor.device == self.device:
+            self._see_all(tensor, Role.TEMPORARY, module)
+
+    def claim(self, tensor: Tensor, role: str, module: str | None = None) -> None:
+        """Give the storages of a tensor a role that is known for certain, entering them if new."""
+        if tensor.device != self.device:
+            return
+        for storage in storages_of(tensor):
+            self._see_storage(storage, role, module or "").claim(role, module)
+
+    def close(self) -> None:
+        """Stop following; what dies later is no longer noted."""
+        self._open = False
+        for holding in self._live.values():
+            holding.reference = None
+        self._live.clear()
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Note the new size of a storage that was resized in place, if it is known."""
+        holding = self._live.get(storage._cdata)
+        if holding is not None and self._open:
+            self._change(holding, storage.nbytes())
+
+    def _see_all(self, tensor: Tensor, role: str, module: str) -> None:
+        # By far the commonest; the general path costs twice as much.
+        if type(tensor) is Tensor and tensor.layout is torch.strided:
+            self._see_storage(tensor.untyped_storage(), role, module)
+            return
+        for storage in storages_of(tensor):
+            self._see_storage(storage, role, module)
+
+    def _see_storage(self, storage: torch.UntypedStorage, role: str, module: str) -> Holding:
+        key = storage._cdata
+        holding = self._live.get(key)
+        size = storage.nbytes()
+        if holding is None:
+            holding = self._live[key] = Holding(key, 0, role, module)
+            # The reference lives in the holding; without it the callback would never come.
+            holding.reference = weakref.ref(storage, partial(self._gone, holding))
+        if holding.bytes != size:
+            self._change(holding, size)
+        return holding
+
+    def _change(self, holding: Holding, size: int) -> None:
+        change = size - holding.bytes
+        holding.bytes = size
+        self.total += change
+        self.log.append((holding, change))
+
+    def _gone(self, holding: Holding, _: object) -> None:
+        if self._open:
+            self._live.pop(holding.key, None)
+            self._change(holding, 0)

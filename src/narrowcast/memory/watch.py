@@ -1,0 +1,120 @@
+"""Sees every operation of a step below autograd: what it made, what it read, in which phase.
+
+Phases are found, not told. Autograd says when it executes a graph; a module's forward outside of
+one begins (or goes on with) the forward phase; what comes after backward until then belongs to the
+update: unscaling, clipping, the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from narrowcast.memory.attribution import Moment
+from narrowcast.memory.modules import OUTSIDE, ModuleTrace, in_backward
+from narrowcast.memory.storages import Holding, Role, StorageBook, tensors_in
+
+__all__ = ["BACKWARD", "FORWARD", "OPTIMIZER", "Watch"]
+
+FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
+
+_aten = torch.ops.aten
+# Their argument was made a moment ago, below the dispatcher: it is new, not found.
+_BIRTHS = {_aten.lift_fresh.default, _aten.lift_fresh_copy.default, _aten.lift.default}
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation below autograd and notes what it made, read and left alive."""
+
+    def __init__(self, book: StorageBook, trace: ModuleTrace) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.moments: list[Moment] = []
+        self.phase = FORWARD
+        self._book = book
+        self._trace = trace
+        self._recomputed: list[Holding] = []
+
+    def mark(self, module: str) -> None:
+        """Note the state as it is now."""
+        book = self._book
+        self.moments.append(Moment(len(book.log), self.phase, module, book.total))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Wrapper subclasses (DTensor and the like) come apart first; their parts are seen here.
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented
+        kwargs = kwargs or {}
+        module = self._locate()
+        if func not in _BIRTHS:
+            _each(args, self._book.read, module)
+            if kwargs:
+                _each(tuple(kwargs.values()), self._book.read, module)
+        result = func(*args, **kwargs)
+        _each(result, self._book.made, module)
+        if func is _aten._to_copy.default:
+            self._see_copy(args[0], result)
+        if self._trace.recomputing() and self.phase == BACKWARD:
+            self._remember(result)
+        self.mark(module)
+        return result
+
+    def _locate(self) -> str:
+        """Bring the phase up to date and name the module at work."""
+        backward = in_backward()
+        if backward:
+            if self.phase != BACKWARD:
+                self.phase = BACKWARD
+                self._trace.backward_starts()
+            if self._recomputed and not self._trace.recomputing():
+                self._keep_recomputed()
+        elif self.phase == BACKWARD:
+            # Backward is over and no module has been called since: unscaling, clipping, updating.
+            self.phase = OPTIMIZER
+        module = self._trace.current(backward=backward)
+        return "(optimizer)" if module == OUTSIDE and self.phase == OPTIMIZER else module
+
+    def _see_copy(self, source: Tensor, copy: Tensor) -> None:
+        """Tell apart the copies that matter: a batch moved here, weights in another format."""
+        made = self._book.find(copy)
+        if made is None:
+            return
+        if source.device != copy.device:
+            if self.phase == FORWARD:
+                made.claim(Role.INPUT, "(inputs)")
+            return
+        origin = self._book.find(source)
+        if origin is None or copy.dtype == source.dtype:
+            return
+        if origin.role == Role.PARAMETER:
+            made.claim(Role.CAST, origin.module)
+        elif origin.role == Role.GRADIENT:  # a gradient summed in another format is one still
+            made.claim(Role.GRADIENT, origin.module)
+
+    def _remember(self, result: Any) -> None:
+        for tensor in tensors_in(result):
+            holding = self._book.find(tensor)
+            if holding is not None and holding.role == Role.TEMPORARY:
+                self._recomputed.append(holding)
+
+    def _keep_recomputed(self) -> None:
+        """Take what outlives a recomputation for activations: checkpointing holds nothing else.
+
+        Its own hooks on saved tensors hide them from ours.
+        """
+        for holding in self._recomputed:
+            if holding.bytes:
+                holding.claim(Role.ACTIVATION)
+        self._recomputed.clear()
+
+
+def _each(value: Any, note: Callable[[Tensor, str], None], module: str) -> None:
+    """Note every tensor among an operation's arguments or results."""
+    if isinstance(value, Tensor):
+        note(value, module)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _each(item, note, module)

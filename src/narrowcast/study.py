@@ -1,0 +1,320 @@
+"""How a comparison is carried out: arms x seeds of trainings, as written down, into one record.
+
+    write the protocol down and hash it, or recognise the one that this directory began with
+    for each seed:                          seeds outside, so that time affects all arms alike
+        for fp32, fp32 perturbed, and each candidate:
+            train, or take the run that already ended there
+            the same initial weights and data order as fp32 on this seed, or an error
+    judge, say what was not tested, write comparison.json
+
+Nothing is lost by an interruption: the same command goes on with the runs that have not ended. Who
+trains is an argument, so that all of this is tested with trainings that cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from narrowcast.arms import Run, arm_record, losses_differ
+from narrowcast.errors import PrecisionError, ProtocolError
+from narrowcast.events import Event
+from narrowcast.files import write_atomically
+from narrowcast.policy import Policy
+from narrowcast.protocol import write_down
+from narrowcast.records.codec import dumps
+from narrowcast.records.comparison import ComparisonRecord, ControlRecord, Protocol
+from narrowcast.records.run import Environment, RunRecord, StepPoint
+from narrowcast.run_directory import RunDirectory
+from narrowcast.untested import what_was_not_tested
+from narrowcast.verdicts import differences_per_seed, judge, standard_deviation_of_difference
+
+__all__ = [
+    "COMPARISON_FILE",
+    "Assignment",
+    "ComparisonEvent",
+    "ComparisonObserver",
+    "RunBegins",
+    "RunEnds",
+    "Trainer",
+    "assignments",
+    "carry_out",
+    "control_name",
+]
+
+COMPARISON_FILE = "comparison.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """One training that the protocol asks for."""
+
+    arm: str
+    """The precision, or the control's name; also the name of its folder."""
+    policy: Policy
+    seed: int
+    steps: int
+    perturb: bool
+    directory: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunBegins:
+    """A training of the comparison begins; the events that follow are its own."""
+
+    assignment: Assignment
+    index: int
+    """Counts from 1."""
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnds:
+    """A training ended, now or (`reused`) in an earlier call of the same comparison."""
+
+    assignment: Assignment
+    record: RunRecord
+    reused: bool
+
+
+ComparisonEvent = RunBegins | RunEnds | Event
+ComparisonObserver = Callable[[ComparisonEvent], None]
+Trainer = Callable[[Assignment, Callable[[Event], None]], RunRecord]
+"""Trains one assignment, going on with what lies in its directory; may raise PrecisionError."""
+
+
+def carry_out(
+    protocol: Protocol,
+    policies: Mapping[str, Policy],
+    directory: Path,
+    *,
+    train: Trainer,
+    environment: Environment,
+    observe: ComparisonObserver = lambda _: None,
+    warnings: Sequence[str] = (),
+    command: str = "",
+) -> ComparisonRecord:
+    """Carry out the protocol in this directory and return the record that comparison.json holds.
+
+    Raises ProtocolError if the protocol was edited or the arms did not start alike,
+    RunDirectoryError if the directory holds something else, KeyboardInterrupt after a run was
+    interrupted and saved; every other error of a training as it is. A training that diverges is no
+    error but a result.
+    """
+    home = RunDirectory(directory)
+    with home.lock() as notes:
+        protocol = write_down(directory, protocol, now=_now())
+        runs = _run_all(protocol, policies, directory, train=train, observe=observe)
+        record = _record(
+            protocol, runs, environment=environment, warnings=(*warnings, *notes), command=command
+        )
+        write_atomically(directory / COMPARISON_FILE, dumps(record) + "\n")
+    return record
+
+
+def control_name(protocol: Protocol) -> str:
+    """Return the name of the control arm, which is also its folder."""
+    return f"{protocol.reference}-perturbed"
+
+
+def assignments(
+    protocol: Protocol, policies: Mapping[str, Policy], directory: Path
+) -> tuple[Assignment, ...]:
+    """List every training of the comparison in the order in which they are carried out."""
+    reference = policies[protocol.reference]
+    control = (control_name(protocol), reference, True)
+    candidates = [(name, policies[name], False) for name in protocol.arms[1:]]
+    return tuple(
+        Assignment(
+            arm=arm,
+            policy=policy,
+            seed=seed,
+            steps=protocol.steps,
+            perturb=perturb,
+            directory=directory / "arms" / arm / f"seed-{seed}",
+        )
+        for seed in protocol.seeds
+        for arm, policy, perturb in ((protocol.reference, reference, False), control, *candidates)
+    )
+
+
+def _run_all(
+    protocol: Protocol,
+    policies: Mapping[str, Policy],
+    directory: Path,
+    *,
+    train: Trainer,
+    observe: ComparisonObserver,
+) -> dict[str, list[Run]]:
+    """Run or reuse every assignment; returns the runs of each arm in the order of the seeds."""
+    work = assignments(protocol, policies, directory)
+    runs: dict[str, list[Run]] = {a.arm: [] for a in work}
+    for index, assignment in enumerate(work, start=1):
+        observe(RunBegins(assignment=assignment, index=index, total=len(work)))
+        record = _ended_before(assignment)
+        reused = record is not None
+        if record is None:
+            record = _train_one(assignment, train, observe)
+        _check_is_asked(record, assignment, protocol)
+        steps = RunDirectory(assignment.directory).read_metrics()
+        run = Run(
+            record=record,
+            steps=tuple(p for p in steps if isinstance(p, StepPoint)),
+            directory=assignment.directory.relative_to(directory).as_posix(),
+        )
+        runs[assignment.arm].append(run)
+        first = runs[protocol.reference][-1]
+        _check_started_alike(run, first, assignment)
+        observe(RunEnds(assignment=assignment, record=record, reused=reused))
+    return runs
+
+
+def _ended_before(assignment: Assignment) -> RunRecord | None:
+    """Return the run that an earlier call of this comparison ended here, if there is one.
+
+    A run whose numbers broke has ended: it gets no second chance. One that failed for a full disk
+    or a mistake in the recipe has not.
+    """
+    home = RunDirectory(assignment.directory)
+    if not home.holds_a_run():
+        return None
+    record = home.read_record()
+    diverged = record.status == "failed" and record.failure_kind == PrecisionError.__name__
+    return record if record.status == "finished" or diverged else None
+
+
+def _train_one(assignment: Assignment, train: Trainer, observe: ComparisonObserver) -> RunRecord:
+    """Train, and take a failure of the numbers for the result that it is."""
+    try:
+        record = train(assignment, observe)
+    except PrecisionError:
+        home = RunDirectory(assignment.directory)
+        if not home.holds_a_run():
+            raise  # before the first step: there is no training that could have diverged
+        record = home.read_record()
+    if record.status == "interrupted":
+        raise KeyboardInterrupt
+    return record
+
+
+def _check_is_asked(record: RunRecord, assignment: Assignment, protocol: Protocol) -> None:
+    """Raise ProtocolError unless the run is the one that the protocol asks for."""
+    asked = {
+        "precision": assignment.policy.name,
+        "seed": assignment.seed,
+        "planned_steps": assignment.steps,
+        "options": protocol.options,
+    }
+    wrong = [
+        f"{name} is {getattr(record, name)!r}, {value!r} asked"
+        for name, value in asked.items()
+        if getattr(record, name) != value
+    ]
+    if wrong:
+        raise ProtocolError(
+            f"{assignment.directory} holds a run that the protocol does not ask for: "
+            f"{'; '.join(wrong):.400}",
+            hint="it was replaced or edited; remove that directory, and it will be run again",
+        )
+
+
+def _check_started_alike(run: Run, reference: Run, assignment: Assignment) -> None:
+    """Raise ProtocolError unless the run began and went on as fp32 did on the same seed.
+
+    The control's weights are other ones by design. The data order can be compared only where both
+    runs took the same number of steps; a run that failed took fewer.
+    """
+    ours, theirs = run.record, reference.record
+    same_length = ours.completed_steps == theirs.completed_steps
+    for what, mine, other, comparable in (
+        (
+            "initial fp32 weights",
+            ours.initial_weights_hash,
+            theirs.initial_weights_hash,
+            not assignment.perturb,
+        ),
+        ("order of samples", ours.data_order_hash, theirs.data_order_hash, same_length),
+    ):
+        if comparable and mine != other:
+            raise ProtocolError(
+                f"{assignment.arm} did not have the same {what} as {theirs.precision} on seed "
+                f"{assignment.seed}: {mine[:12]} and {other[:12]}",
+                hint="make the recipe draw all randomness from torch's, numpy's or Python's global "
+                "generators, which are seeded, and from nothing else",
+            )
+
+
+def _record(
+    protocol: Protocol,
+    runs: Mapping[str, Sequence[Run]],
+    *,
+    environment: Environment,
+    warnings: Iterable[str],
+    command: str,
+) -> ComparisonRecord:
+    """Aggregate, judge, and say what was not tested."""
+    reference = runs[protocol.reference]
+    arms = tuple(
+        arm_record(name, runs[name], metric=protocol.metric, reference=reference)
+        for name in protocol.arms
+    )
+    control = _control(protocol, runs)
+    verdicts = judge(protocol, arms, control.arm)
+    return ComparisonRecord(
+        protocol=protocol,
+        arms=arms,
+        control=control,
+        verdicts=verdicts,
+        untested=what_was_not_tested(
+            protocol, arms, verdicts, control=control, environment=environment
+        ),
+        warnings=tuple(dict.fromkeys((*warnings, *_warnings(runs, control)))),
+        environment=environment,
+        started=protocol.written,
+        finished=_now(),
+        command=command,
+    )
+
+
+def _control(protocol: Protocol, runs: Mapping[str, Sequence[Run]]) -> ControlRecord:
+    """Compare fp32 with itself perturbed: the noise floor, and whether anything was perturbed."""
+    name, reference = control_name(protocol), runs[protocol.reference]
+    arm = arm_record(name, runs[name], metric=protocol.metric, reference=reference)
+    fp32 = arm_record(protocol.reference, reference, metric=protocol.metric, reference=reference)
+    differences = differences_per_seed(protocol.metric, fp32, arm)
+    return ControlRecord(
+        arm=arm,
+        perturbation="; ".join(dict.fromkeys(run.record.perturbation for run in runs[name])),
+        loss_changed=tuple(
+            losses_differ(run, other) for run, other in zip(runs[name], reference, strict=True)
+        ),
+        sd_of_difference=standard_deviation_of_difference(differences),
+        differences=differences,
+    )
+
+
+def _warnings(runs: Mapping[str, Sequence[Run]], control: ControlRecord) -> Iterable[str]:
+    """Yield what the runs warned of, and what makes them not comparable with each other."""
+    for arm, members in runs.items():
+        for run in members:
+            yield from (f"{arm}: {text}" for text in run.record.warnings)
+    if not all(control.loss_changed):
+        yield (
+            "the control's perturbation changed no training loss on "
+            f"{control.loss_changed.count(False)} of {len(control.loss_changed)} seeds: the noise "
+            "floor is not known on them"
+        )
+    made_on = {
+        (e.device_name, e.torch, e.narrowcast, e.threads)
+        for members in runs.values()
+        for e in (run.record.environment for run in members)
+    }
+    if len(made_on) > 1:
+        described = "; ".join(" ".join(map(str, machine)) for machine in sorted(made_on))
+        yield f"the runs were made on different machines or versions: {described}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
