@@ -50,8 +50,8 @@ def gpt2(device: str, *, small: bool) -> tuple[nn.Module, LossOf, str]:
 def resnet50(device: str, *, small: bool) -> tuple[nn.Module, LossOf, str]:
     """Build ResNet-50 at 128 images of 224 pixels in channels_last (small: a narrow CNN)."""
     if small:
-        model: nn.Module = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4),
-                                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))  # fmt: skip
+        layers = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1)
+        model: nn.Module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 10))
         count, pixels, classes = 2, 16, 10
         label = "one convolution, 2 x 16 px"
     else:

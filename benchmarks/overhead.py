@@ -15,27 +15,24 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import random
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.nn.functional as F
+from provenance import write_results
 from torch import nn
 
-from narrowcast.device import environment
 from narrowcast.engine import Engine
+from narrowcast.records.codec import to_json
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TARGET_US = {"fp32": 25.0, "bf16": 25.0, "fp16": 40.0}
 
@@ -285,29 +282,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=150, help="steps per block")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(asked.device)
     steps, rows = build(device)
     fill(rows, measure(steps, asked.rounds, asked.steps, device))
     print(table(rows))
-    record = {
-        "benchmark": "overhead",
-        "question": "microseconds per step over the same hand-written loop",
-        "model": "MLP 16-16-4, batch 8, SGD, one thread",
-        "clock": "process CPU time" if asked.device == "cpu" else "wall time, synchronised",
-        "rounds": asked.rounds,
-        "steps_per_block": asked.steps,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": asdict(environment(device)),
-        "versions": versions(),
-        "rows": [asdict(row) for row in rows],
-    }
-    path = asked.output or RESULTS / f"overhead-{asked.device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path}")
+    write_results(
+        f"overhead-{asked.device}",
+        to_json(rows),
+        question="microseconds per step over the same hand-written loop",
+        model="MLP 16-16-4, batch 8, SGD, one thread",
+        measured_on=asked.device,
+        clock="process CPU time" if asked.device == "cpu" else "wall time, synchronised",
+        rounds=asked.rounds,
+        steps_per_block=asked.steps,
+        versions=versions(),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make the data files of the built-in recipes from three Debian packages, byte for byte the same.
+"""Make the data files of the built-in recipes from three Debian packages.
 
     apt-get download dataset-fashion-mnist r-cran-janeaustenr r-cran-ggplot2
     python scripts/make_data.py --packages . --output src/narrowcast/recipes/data

@@ -36,7 +36,8 @@ class Net(nn.Module):
     def forward(self, x):
         if self.training:
             self.seen.add_(1)
-        return self.layers(x) * (1 + self.seen / 1000)
+            x = x * (1 + self.seen / 1000)
+        return self.layers(x)
 
 
 def model(options):
@@ -70,5 +71,5 @@ def scheduler(optimizer, options, steps):
 
 def collate(samples):
     x = torch.stack([s[0] for s in samples])
-    x = x + 0.01 * random.random() + 0.01 * float(np.random.rand())
+    x = x + 0.01 * random.random() + 0.01 * float(np.random.rand())  # noqa: NPY002
     return x, torch.tensor([s[1] for s in samples])

@@ -298,13 +298,24 @@ class Rehearsal:
 
 
 def _install(kernels: dict[str, _Kernel]) -> torch.library.Library:
+    _hear_the_notice()
     library = torch.library.Library("aten", "IMPL", "AutocastCPU")  # type: ignore[no-untyped-call]
-    with warnings.catch_warnings():
-        # Torch says once per process that kernels are overridden, which is what we are here for.
-        warnings.filterwarnings("ignore", message="(?s).*verriding a previously registered kernel")
-        for op, kernel in kernels.items():
-            library.impl(op, kernel)  # type: ignore[no-untyped-call]
+    for op, kernel in kernels.items():
+        library.impl(op, kernel)  # type: ignore[no-untyped-call]
     return library
+
+
+@lru_cache(maxsize=1)
+def _hear_the_notice() -> None:
+    """Override one kernel, so that torch gives its once-per-process notice of it now, unheard.
+
+    Silencing every installation instead would make Python forget which warnings it has shown.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*verriding a previously registered kernel")
+        library = torch.library.Library("aten", "IMPL", "AutocastCPU")  # type: ignore[no-untyped-call]
+        library.impl("grid_sampler", torch.library.fallthrough_kernel)  # type: ignore[no-untyped-call]
+        library._destroy()  # type: ignore[no-untyped-call]
 
 
 def rehearse(device_type: str) -> Rehearsal:

@@ -333,7 +333,7 @@ def numeric_settings(policy: Policy) -> Iterator[None]:
 
 
 def settings_hold(policy: Policy, device_type: str) -> bool:
-    """Whether `numeric_settings` would change nothing that this type of device reads; under 1 us."""
+    """Whether `numeric_settings` would change nothing that this type of device reads (< 1 us)."""
     backend = "mkldnn" if device_type == "cpu" else device_type
     accepted = ("tf32",) if policy.compute == "tf32" and backend == "cuda" else _FULL
     read = torch._C._get_fp32_precision_getter

@@ -178,7 +178,7 @@ def _trainer(plan: Plan) -> Trainer:
             # Memory and dtypes of a step are the same for every seed.
             measure=assignment.seed == first,
         )
-        return train(
+        record = train(
             plan.recipe,
             assignment.policy,
             options,
@@ -187,6 +187,10 @@ def _trainer(plan: Plan) -> Trainer:
             observe=observe,
             resume=_can_go_on(assignment.directory),
         )
+        if record.status == "finished":
+            # Twenty runs of a large model would fill the disk; the final weights stay.
+            shutil.rmtree(RunDirectory(assignment.directory).checkpoints)
+        return record
 
     return train_one
 

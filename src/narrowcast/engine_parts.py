@@ -95,7 +95,9 @@ def build_lanes(
     scale: AskedScale,
 ) -> dict[str, Lane]:
     """Make a lane of each optimizer, with its scheduler and EMA."""
-    _require_scales(scale)
+    for one in scale.values() if isinstance(scale, Mapping) else (scale,):
+        if one is not None:
+            _as_scale(one)  # a wrong one is refused now, not by the first loss
     several = isinstance(optimizer, Mapping)
     optimizers = optimizer if isinstance(optimizer, Mapping) else {ONLY: optimizer}
     schedulers, emas = (
@@ -104,21 +106,21 @@ def build_lanes(
     )
     if not optimizers:
         raise UsageError("an empty mapping of optimizers", hint="pass at least one")
-    for name, one in optimizers.items():
-        _require_plain_step(one, name)
+    for name, candidate in optimizers.items():
+        _require_plain_step(candidate, name)
     _require_membership(model, optimizers, several=several)
     reduce = torch_dtype(policy.reduce)
     narrow = any(p.element_size() < reduce.itemsize for p in model.parameters())
     return {
         name: Lane(
             name,
-            one,
-            followers=_followers(one, schedulers.get(name), emas.get(name), model),
+            each,
+            followers=_followers(each, schedulers.get(name), emas.get(name), model),
             names=lambda: {id(p): name for name, p in model.named_parameters()},
             first_scale=lambda source: _first_scale(source, policy, scale),
             wide_sums=reduce if narrow and accumulate > 1 else None,
         )
-        for name, one in optimizers.items()
+        for name, each in optimizers.items()
     }
 
 
@@ -141,17 +143,18 @@ def _first_scale(source: str, policy: Policy, asked: AskedScale) -> LossScale:
     one = asked.get(source) if isinstance(asked, Mapping) else asked
     if one is None:
         return DynamicScale() if policy.scaling == "dynamic" else NoScale()
-    return StaticScale(scale=float(one)) if isinstance(one, int | float) else one
+    return _as_scale(one)
 
 
-def _require_scales(asked: AskedScale) -> None:
-    known = (NoScale, StaticScale, DynamicScale, int, float, type(None))
-    for one in asked.values() if isinstance(asked, Mapping) else (asked,):
-        if not isinstance(one, known):
-            raise UsageError(
-                f"scale={one!r} is not a loss scale",
-                hint="pass a number to keep, or a value such as scaling.DynamicScale(floor=128.0)",
-            )
+def _as_scale(one: LossScale | float) -> LossScale:
+    if isinstance(one, int | float):
+        return StaticScale(scale=float(one))
+    if not isinstance(one, NoScale | StaticScale | DynamicScale):
+        raise UsageError(
+            f"scale={one!r} is not a loss scale",
+            hint="pass a number to keep, or a value such as scaling.DynamicScale(floor=128.0)",
+        )
+    return one
 
 
 def _require_membership(

@@ -2,16 +2,16 @@
 
 The command line prints ``error: <message>`` and ``hint: <hint>`` and exits with ``exit_code``.
 
-    NarrowcastError                exit 1
-    |-- UsageError                 exit 2   the request itself makes no sense
-    |   `-- UnknownName                  exit 2   with the nearest valid name
-    |-- UnsupportedPrecision             exit 3   this device cannot do what was asked for
-    |-- RecipeError                      exit 4   the user's recipe is missing something or raised
-    |-- DataError                  exit 4   the recipe's data are empty or malformed
-    |-- PrecisionError                   exit 5   the numbers broke: NaN, inf, too many skipped steps
-    |-- RunDirectoryError                exit 6   the directory holds another run, or cannot be written
-    |-- CheckpointError                  exit 7   truncated, tampered, or of another run
-    `-- ProtocolError                    exit 8   a comparison was edited after it was written down
+    NarrowcastError           exit 1
+    |-- UsageError            exit 2   the request itself makes no sense
+    |   `-- UnknownName       exit 2   with the nearest valid name
+    |-- UnsupportedPrecision  exit 3   this device cannot do what was asked for
+    |-- RecipeError           exit 4   the user's recipe lacks something or raised
+    |-- DataError             exit 4   the recipe's data are empty or malformed
+    |-- PrecisionError        exit 5   the numbers broke: NaN, inf, too many skips
+    |-- RunDirectoryError     exit 6   it holds another run, or cannot be written
+    |-- CheckpointError       exit 7   truncated, tampered, or of another run
+    `-- ProtocolError         exit 8   a protocol was edited after it was written
 
 Ctrl-C ends with exit code 130, after the state has been saved.
 """

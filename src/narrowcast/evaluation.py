@@ -84,10 +84,17 @@ def evaluate_model(
 
 
 def evaluate_weights(
-    recipe: Recipe, policy: Policy, weights: Path, *, device: torch.device, seed: int = 0
+    recipe: Recipe,
+    policy: Policy,
+    weights: Path,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    step: int = 0,
 ) -> EvaluationRecord:
-    """Evaluate exported weights, or those of a checkpoint, as at the end of a run of this seed.
+    """Evaluate exported weights, or those of a checkpoint, as a run of this seed does.
 
+    `step` is what the evaluations are labelled with: the steps that the weights were trained for.
     Raises CheckpointError if the file is damaged, a pickle, or of another model.
     """
     loaded = load_weights(weights)
@@ -103,7 +110,7 @@ def evaluate_weights(
             ) from None
         seed_everything(seed, "data")
         _, data = recipe.load_data()
-        evaluations = evaluate_model(recipe, engine, data, step=0, seed=seed)
+        evaluations = evaluate_model(recipe, engine, data, step=step, seed=seed)
     return EvaluationRecord(
         recipe=recipe.name,
         options=option_values(recipe),

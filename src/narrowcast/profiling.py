@@ -65,7 +65,7 @@ def measure_recipe(
             ledger.record(recipe=recipe.name, precision=policy.name, batch_size=bench.size),
             options=option_values(recipe),
         )
-        record = replace(record, notes=(*_notes(policy), *record.notes))
+        record = replace(record, notes=(*_notes(policy, device), *record.notes))
         if cross_check:
             record = _cross_checked(record, bench)
         if break_even and policy.autocasts:
@@ -163,12 +163,16 @@ def _steady_step(bench: _Bench, *, warm_up: int) -> MemoryLedger:
     )
 
 
-def _notes(policy: Policy) -> tuple[str, ...]:
-    note = (
-        "the line 'parameters' holds the fp32 master weights; autocast's copies of them are the "
-        "line 'autocast_casts'"
-    )
-    return (note,) if policy.autocasts else ()
+def _notes(policy: Policy, device: torch.device) -> list[str]:
+    notes = []
+    if policy.autocasts:
+        notes.append(
+            "the line 'parameters' holds the fp32 master weights; autocast's copies of them are "
+            "the line 'autocast_casts'"
+        )
+    if policy.autocasts and policy.autocast_rules == "cuda" and device.type == "cpu":
+        notes.append("autocast followed CUDA's cast lists, rehearsed on this CPU")
+    return notes
 
 
 def _cross_checked(record: MemoryRecord, bench: _Bench) -> MemoryRecord:

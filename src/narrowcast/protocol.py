@@ -24,6 +24,7 @@ __all__ = [
     "parse_margin",
     "protocol_hash",
     "read_protocol",
+    "refuse_anything_else",
     "write_down",
 ]
 
@@ -109,20 +110,25 @@ def write_down(directory: Path, wanted: Protocol, *, now: str) -> Protocol:
         if there.hash != sealed.hash:
             raise _another_comparison(directory, there, sealed)
         return there
-    others = _others(directory)
+    refuse_anything_else(directory)
+    write_atomically(directory / PROTOCOL_FILE, dumps(sealed) + "\n")
+    return sealed
+
+
+def refuse_anything_else(directory: Path) -> None:
+    """Raise RunDirectoryError if the directory holds something that is no comparison."""
+    if not directory.exists() or (directory / PROTOCOL_FILE).exists():
+        return
+    if not directory.is_dir():
+        raise RunDirectoryError(
+            f"{directory} is a file", hint="choose another --output; nothing is overwritten"
+        )
+    others = sorted(path.name for path in directory.iterdir() if path.name not in _HARMLESS)
     if others:
         raise RunDirectoryError(
             f"{directory} is not empty and holds no comparison: {', '.join(others[:3])}",
             hint="choose another --output; nothing is overwritten",
         )
-    write_atomically(directory / PROTOCOL_FILE, dumps(sealed) + "\n")
-    return sealed
-
-
-def _others(directory: Path) -> list[str]:
-    if not directory.exists():
-        return []
-    return sorted(path.name for path in directory.iterdir() if path.name not in _HARMLESS)
 
 
 def _another_comparison(directory: Path, there: Protocol, wanted: Protocol) -> RunDirectoryError:

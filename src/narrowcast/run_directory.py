@@ -88,8 +88,10 @@ class RunDirectory:
     def lock(self) -> Iterator[tuple[str, ...]]:
         """Make the directory and be its only writer for the block; yields warnings.
 
+        A directory made here and left by an error before anything was written is removed again.
         Raises RunDirectoryError if another process writes here, or if the disk refuses.
         """
+        is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / _LOCK).open("a+")
@@ -109,7 +111,12 @@ class RunDirectory:
                 warnings = (f"{self.path} cannot be locked ({why}): let no second run write here",)
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoints)
-            yield warnings
+            try:
+                yield warnings
+            except BaseException:
+                if is_new:
+                    self._remove_if_empty()
+                raise
 
     def refuse_another_run(self) -> None:
         """Raise RunDirectoryError unless the directory is as good as empty.
@@ -131,6 +138,12 @@ class RunDirectory:
             f"{self.path} is not empty: it holds {', '.join(others[:3])}",
             hint="choose another --output; nothing is overwritten",
         )
+
+    def _remove_if_empty(self) -> None:
+        """Remove a directory with nothing but our lock in it."""
+        if [p.name for p in self.path.iterdir()] == [_LOCK]:
+            (self.path / _LOCK).unlink()
+            self.path.rmdir()
 
     def _holds_nothing(self, path: Path) -> bool:
         """Whether this is our lock, or an empty file or directory of ours."""

@@ -23,7 +23,7 @@ from narrowcast.errors import PrecisionError, ProtocolError
 from narrowcast.events import Event
 from narrowcast.files import write_atomically
 from narrowcast.policy import Policy
-from narrowcast.protocol import write_down
+from narrowcast.protocol import refuse_anything_else, write_down
 from narrowcast.records.codec import dumps
 from narrowcast.records.comparison import ComparisonRecord, ControlRecord, Protocol
 from narrowcast.records.run import Environment, RunRecord, StepPoint
@@ -103,8 +103,8 @@ def carry_out(
     interrupted and saved; every other error of a training as it is. A training that diverges is no
     error but a result.
     """
-    home = RunDirectory(directory)
-    with home.lock() as notes:
+    refuse_anything_else(directory)
+    with RunDirectory(directory).lock() as notes:
         protocol = write_down(directory, protocol, now=_now())
         runs = _run_all(protocol, policies, directory, train=train, observe=observe)
         record = _record(

@@ -89,6 +89,9 @@ def _is_users(filename: str, path: Path | None) -> bool:
 def _hint(error: BaseException) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return "take less at once: --set batch_size=... or a smaller model"
+    if "could not create a primitive" in str(error):
+        # What oneDNN says, for instance, of training an LSTM in fp16 (torch 2.13 on a CPU).
+        return "the CPU has no kernel for this layer in this precision: try bf16 or fp32"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"install what provides {error.name!r} in the environment that narrowcast runs in"
     return ""

@@ -15,7 +15,20 @@ PACKAGE = ROOT / "src" / "narrowcast"
 
 # Adapters import their host, and verbs import torch, only when they are called.
 LAZY_UNITS = {"cli"}
-PLAIN = {"errors", "units", "files", "stats", "formats", "policy", "records", "verdicts"}
+PLAIN = {
+    "errors",
+    "units",
+    "files",
+    "stats",
+    "formats",
+    "policy",
+    "records",
+    "protocol",
+    "arms",
+    "untested",
+    "verdicts",
+    "study",
+}
 
 
 def table() -> dict[str, set[str]]:
@@ -52,7 +65,9 @@ def own_imports(path: Path) -> list[tuple[str, bool, int]]:
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
             module = node.module
-            names = [f"{module}.{a.name}" for a in node.names] if module == "narrowcast" else [module]
+            names = (
+                [f"{module}.{a.name}" for a in node.names] if module == "narrowcast" else [module]
+            )
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         found += [
@@ -116,7 +131,9 @@ def test_plain_units_work_without_torch() -> None:
 
     out = subprocess.run(
         [sys.executable, "-c", code + "; print('torch' in sys.modules)"],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     )
 
     assert out.stdout.strip() == "False"

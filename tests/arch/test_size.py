@@ -39,7 +39,10 @@ def test_at_most_five_positional_parameters(path: Path) -> None:
         node.name
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
-        and len([a for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ("self", "cls")]) > 5
+        and len(
+            [a for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ("self", "cls")]
+        )
+        > 5
     ]
 
     assert wide == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,6 +95,7 @@ def test_growth_within_the_step_is_what_the_allocator_was_asked_for(
     """Once workspaces exist, the ledger and the allocator grow alike; neither counts the other."""
     model = Net().cuda()
     measured(model, dtype)
+    gc.collect()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
 
     record = measured(model, dtype, warm_up=1)
@@ -126,7 +129,7 @@ def test_categories_on_cuda() -> None:
     # Biases are cast as well; none of them is saved, but the autocast cache holds them in forward.
     most = max(p.categories.get("autocast_casts", 0) for p in record.timeline)
     assert weights // 3 < most <= weights // 2
-    assert [p.phase for p in record.timeline][0] == "forward"
+    assert record.timeline[0].phase == "forward"
     assert {p.phase for p in record.timeline} == {"forward", "backward", "optimizer"}
 
 

@@ -1,4 +1,4 @@
-"""A user's language model: an LSTM on characters, samples of unequal length and its own collate."""
+"""A user's language model: a GRU on characters, samples of unequal length and its own collate."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,11 @@ class Reader(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.embedding = nn.Embedding(129, width, padding_idx=128)
-        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.recurrent = nn.GRU(width, width, batch_first=True)
         self.head = nn.Linear(width, 129)
 
     def forward(self, tokens):
-        return self.head(self.lstm(self.embedding(tokens))[0])
+        return self.head(self.recurrent(self.embedding(tokens))[0])
 
 
 def model(options):

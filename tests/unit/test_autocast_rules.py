@@ -416,3 +416,23 @@ def test_an_lstm_gives_16_bits_as_cudnn_does() -> None:
         output, _ = nn.LSTM(4, 4)(torch.ones(2, 1, 4))
 
     assert output.dtype == BF16
+
+
+def test_the_page_names_what_differs() -> None:
+    """docs/autocast-rules.md lists every operation that the two devices cast differently."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "autocast-rules.md").read_text()
+    differing = {
+        op.partition(".")[0]
+        for op in CUDA_LISTS.ops | CPU_LISTS.ops
+        if CUDA_LISTS.rule_of(op) != CPU_LISTS.rule_of(op)
+    }
+    # Named as families, or existing on one device only.
+    families = re.compile(
+        r"fft_|linalg_|cholesky|.*(qr|svd|lu_|_lu|inverse|solve|geqrf|as_complex)"
+    )
+    inner = {"mkldnn_rnn_layer", "grid_sampler_2d", "grid_sampler_3d"}
+    inner |= {"_grid_sampler_2d_cpu_fallback", "fake_quantize_per_tensor_affine", "pinverse"}
+    inner |= {"multilabel_margin_loss_forward", *CUDA_ONLY}
+
+    missing = {op for op in differing - inner if not families.match(op) and f"`{op}`" not in page}
+    assert missing == set()

@@ -562,3 +562,30 @@ def test_switches_return_after_an_exception() -> None:
         fail_if(True)
 
     assert state() == before
+
+
+def test_an_interrupt_in_an_island_leaves_no_trap() -> None:
+    """Ctrl-C inside an island skips its exit hook; the next step still finds its way out."""
+
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.times = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.times += 1
+            if self.times == 1:
+                raise KeyboardInterrupt
+            return x
+
+    policy = policy_named("bf16").keeping_fp32("0", "1")
+    model = nn.Sequential(nn.Linear(4, 4), Interrupted(), Seen())
+    prepare_model(model, policy, "cpu")
+    context = forward_context(policy, "cpu")
+
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt), context:
+            model(torch.ones(1, 4))
+
+    assert model[2].autocast == [True]
+    assert not torch.is_autocast_enabled("cpu")

@@ -193,6 +193,9 @@ def test_a_comparison_of_real_trainings(recipe_file: Path, tmp_path: Path) -> No
     assert record.control.loss_changed == (True, True)
     assert record.control.arm.initial_weights_hashes != fp32.initial_weights_hashes
     assert [v.n for v in record.verdicts] == [2, 2]
+    runs = [tmp_path / "out" / run for arm in record.arms for run in arm.run_directories]
+    assert all((run / "weights.safetensors").exists() for run in runs)
+    assert not any((run / "checkpoints").exists() for run in runs)
 
 
 def test_a_comparison_ends_as_if_it_had_not_been_interrupted(
@@ -375,12 +378,8 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
 ) -> None:
     """A real process, a real signal: it says how many runs have ended, and loses none of them."""
     out = tmp_path / "out"
-    code = (
-        "import typer; from narrowcast.cli import compare\n"
-        "app = typer.Typer(); compare.register(app); app.callback()(lambda: None); app()"
-    )
     arguments = [recipe_file, "-p", "bf16", "--seeds", "2", "--steps", "600", "-o", out]
-    command = [sys.executable, "-c", code, "compare", *map(str, arguments)]
+    command = [sys.executable, "-m", "narrowcast", "compare", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     second_run = out / "arms" / "fp32-perturbed"

@@ -225,8 +225,10 @@ def test_the_measurement_is_real_and_leaves_no_trace() -> None:
     assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, grad)
 
 
-def test_the_record_of_a_device_travels_as_json() -> None:
+def test_the_record_of_a_device_travels_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     """This very CPU: every format judged, one recommended, equal after JSON and back."""
+    monkeypatch.setattr(unit, "_DOCTORS_PATIENCE_S", 0.0)
+
     record = measure_device(CPU)
 
     assert [f.format for f in record.formats] == ["fp32", "tf32", "fp16", "bf16"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,3 +206,29 @@ def test_a_scalar_parameter_as_loss_keeps_the_seed_intact() -> None:
         engine.step()
 
     assert model.w.item() == -1.0
+
+
+def test_the_two_example_loops_train_the_same_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """examples/engine_loop.py is examples/plain_loop.py with an engine, bit for bit."""
+    examples = Path(__file__).parents[2] / "examples"
+
+    plain, ours = (runpy.run_path(str(examples / f"{n}_loop.py")) for n in ("plain", "engine"))
+
+    assert is_equal(plain["model"], ours["model"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+def test_cudas_cast_lists_are_rehearsed_in_forward_and_backward() -> None:
+    """On a CPU softmax returns fp32 under CUDA's rules and bf16 under the CPU's own."""
+    seen = []
+    for rules in ("native", "cuda"):
+        model = small_model()
+        policy = replace(POLICIES["bf16"], autocast_rules=rules)
+        engine = Engine(model, sgd(model), policy, device="cpu")
+        with engine.forward():
+            probabilities = model(X[0].to(engine.device)).softmax(-1)
+        engine.backward(probabilities.float().pow(2).sum())
+        seen.append((probabilities.dtype, engine.step().applied))
+
+    assert seen == [(torch.bfloat16, True), (torch.float32, True)]

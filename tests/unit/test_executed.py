@@ -181,3 +181,15 @@ def test_watching_changes_nothing() -> None:
         gradients.append([p.grad for p in model.parameters()])
 
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_counts_add_up_over_micro_batches() -> None:
+    """Entered again for the next micro-batch, the same object goes on counting."""
+    x = torch.ones(2, 2)
+    executed = ExecutedDtypes()
+
+    for _ in range(3):
+        with executed:
+            x @ x
+
+    assert executed.counts == {"matmul": {"fp32": 3}}

@@ -268,13 +268,25 @@ def test_a_batch_that_was_not_announced_is_found_at_the_door_of_the_model() -> N
 
 
 def test_what_nobody_announced_is_a_line_of_its_own() -> None:
-    """A tensor from before, only read and never returned, is in the total and in a note."""
+    """A tensor from before that an operation returns, such as a view, is in the total."""
     model, x, foreign = mlp(), batch(), torch.ones(BATCH, WIDTH)
 
-    record = ledger_of(model, None, lambda: (model(x) - foreign).square().sum().backward(), x)
+    record = ledger_of(model, None, lambda: model(x).mul(foreign.t().t()).sum().backward(), x)
 
     assert lines(record)["unattributed"] == foreign.nbytes
-    assert any("512 B" in note and "(outside modules)" in note for note in record.notes)
+    assert any("'unattributed'" in note and "(outside modules)" in note for note in record.notes)
+
+
+def test_what_is_only_read_is_a_note() -> None:
+    """A batch is taken from a data set in memory: the batch is counted, the data set is named."""
+    model, data = mlp(), torch.ones(100, WIDTH)
+    ids = torch.arange(BATCH)
+
+    record = ledger_of(model, None, lambda: model(data[ids]).sum().backward(), ids)
+
+    held = lines(record)
+    assert (held["unattributed"], held["inputs"]) == (0, ids.nbytes + BATCH * ROW)
+    assert any("12.5 KiB" in note and "only read" in note for note in record.notes)
 
 
 def test_a_constant_made_in_the_step_is_not_taken_for_an_old_one() -> None:
@@ -513,3 +525,15 @@ def test_several_optimizers_are_all_counted() -> None:
         step()
 
     assert lines(ledger.record())["optimizer_state"] == 6 * SQUARE
+
+
+def test_an_old_tensor_that_is_saved_for_backward_is_still_only_read() -> None:
+    """The look at saved tensors makes a view of its own, which is no operation of the step."""
+    old = torch.ones(100, requires_grad=True)
+    ledger = MemoryLedger()
+
+    with ledger:
+        old.exp().mul(old).sum().backward()
+    held = lines(ledger.record())
+
+    assert held["unattributed"] == 0

@@ -73,18 +73,49 @@ def test_a_sparse_tensor_holds_its_indices_and_values() -> None:
     assert sum(s.nbytes() for s in storages_of(sparse)) == values.nbytes + indices.nbytes
 
 
-def test_an_unknown_scalar_that_is_only_read_is_not_counted() -> None:
-    """The loss scale of torch's GradScaler is no memory of the step; a vector is."""
+def test_what_is_only_read_is_not_counted_but_named() -> None:
+    """A data set that a batch is taken from; a single number (a loss scale) is not named."""
     book = StorageBook(CPU)
+    data, scale = torch.ones(1000), torch.tensor(2.0)
 
-    scale, weights = torch.tensor(2.0), torch.ones(2)
-    book.read(scale, "m")
-    book.read(weights, "m")
+    for tensor in (data, data[:3], scale):
+        book.read(tensor, "m")
+    total = book.total
+    book.close()
 
-    assert book.total == weights.nbytes
-    found = book.find(weights)
+    assert total == 0
+    assert book.only_read == ((4000, "m"),)
+
+
+def test_an_old_storage_that_is_returned_is_unattributed() -> None:
+    """A view of something from before shows a storage that the step did not make."""
+    book = StorageBook(CPU)
+    old = torch.ones(10)
+
+    book.read(old, "m")
+    book.made(old[:2], "m")
+
+    found = book.find(old)
     assert found is not None
-    assert found.role == Role.UNATTRIBUTED
+    assert (found.role, book.total) == (Role.UNATTRIBUTED, 40)
+
+
+def test_a_new_storage_at_a_used_address_is_new() -> None:
+    """Allocators give the same address again; what died there says nothing about what is there."""
+    book = StorageBook(CPU)
+    roles = set()
+    for _ in range(50):
+        old = torch.ones(4096)
+        book.read(old, "m")
+        del old
+        new = torch.ones(4096)
+        book.made(new, "m")
+        holding = book.find(new)
+        assert holding is not None
+        roles.add(holding.role)
+        del new
+
+    assert roles == {Role.TEMPORARY}
 
 
 @pytest.mark.parametrize(

@@ -562,18 +562,27 @@ def test_errors_of_ours_and_ctrl_c_pass_through_a_recipe(write: Write) -> None:
             recipe.compute_loss(nn.ReLU(), [])
 
 
-def test_running_out_of_memory_says_what_to_do(write: Write) -> None:
-    """The commonest failure of all has its own hint."""
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "--set batch_size"),
+        (RuntimeError("could not create a primitive descriptor for the LSTM"), "try bf16 or fp32"),
+        (ValueError("odd"), ""),
+    ],
+)
+def test_failures_that_we_know_say_what_to_do(write: Write, error: Exception, hint: str) -> None:
+    """Too little memory, and a layer that the CPU has no low-precision kernel for."""
     recipe = load_recipe(write())
 
     def loss(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     recipe.module.loss = loss
     with pytest.raises(RecipeError) as caught:
         recipe.compute_loss(nn.ReLU(), [])
 
-    assert "--set batch_size" in caught.value.hint
+    assert hint in caught.value.hint
+    assert bool(hint) == bool(caught.value.hint)
 
 
 def test_a_pair_of_plain_lists_is_data(write: Write) -> None:

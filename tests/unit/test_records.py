@@ -28,7 +28,9 @@ def test_any_record_comes_back_equal(record: object) -> None:
 
 def test_numbers_that_json_lacks_are_written_as_words() -> None:
     """The text is JSON for every reader, and NaN comes back as NaN."""
-    point = Evaluation(step=1, precision="fp32", metrics={"a": math.nan, "b": -math.inf}, examples=3)
+    point = Evaluation(
+        step=1, precision="fp32", metrics={"a": math.nan, "b": -math.inf}, examples=3
+    )
 
     text = dumps(point)
     back = loads(Evaluation, text)
@@ -59,7 +61,13 @@ def test_truncated_json_is_one_clear_error() -> None:
 def test_nested_records_keep_their_types() -> None:
     """A run record carries its ledger and environment as records, not as dicts."""
     environment = Environment(
-        device="cpu", device_name="x", threads=2, platform="p", python="3", torch="2", narrowcast="0"
+        device="cpu",
+        device_name="x",
+        threads=2,
+        platform="p",
+        python="3",
+        torch="2",
+        narrowcast="0",
     )
     memory = MemoryRecord(
         recipe="r", precision="bf16", device="cpu", batch_size=8, total_peak_bytes=7,

@@ -28,6 +28,7 @@ from narrowcast.records.comparison import ComparisonRecord, Protocol
 from narrowcast.records.run import Evaluation, RunRecord
 from narrowcast.run_directory import RunDirectory
 from narrowcast.study import COMPARISON_FILE, Assignment, RunBegins, RunEnds, carry_out
+from narrowcast.verdicts import judge
 from trainings import ENVIRONMENT, FakeTrainer, no_harm
 
 SPEC = protocol(3, "fp16", "bf16", margin=0.5)
@@ -83,6 +84,16 @@ def test_the_record_is_what_lies_in_the_directory(tmp_path: Path) -> None:
     ]
     assert data["protocol"]["hash"] == record.protocol.hash != ""
     assert record.command == "narrowcast compare fake"
+
+
+def test_the_verdicts_follow_from_the_file_alone(tmp_path: Path) -> None:
+    """Judging what comparison.json holds gives the verdicts that it holds."""
+    run(tmp_path, FakeTrainer(diverges=lambda a: (a.arm, a.seed) == ("fp16", 1)))
+
+    record = loads(ComparisonRecord, (tmp_path / COMPARISON_FILE).read_text())
+
+    assert record.control is not None
+    assert judge(record.protocol, record.arms, record.control.arm) == record.verdicts
 
 
 def _assignment(precision: str, seed: int) -> Assignment:
@@ -249,6 +260,17 @@ def test_another_margin_needs_another_directory(tmp_path: Path) -> None:
 
     with pytest.raises(RunDirectoryError, match="margin"):
         run(tmp_path, spec=replace(SPEC, margin=5.0))
+
+
+def test_a_directory_with_something_else_is_not_touched(tmp_path: Path) -> None:
+    """Not even a lock is left beside files that are no comparison, nor is a file replaced."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(RunDirectoryError, match=r"thesis\.tex"):
+        run(tmp_path)
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        run(tmp_path / "thesis.tex")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_two_comparisons_never_write_in_one_directory(tmp_path: Path) -> None:

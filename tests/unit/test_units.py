@@ -12,7 +12,13 @@ from narrowcast.units import format_bytes, format_duration, format_percent, pars
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("2GiB", 2 * 1024**3), ("150 MiB", 150 * 1024**2), ("80gb", 80 * 10**9), ("17", 17), (".5 KiB", 512)],
+    [
+        ("2GiB", 2 * 1024**3),
+        ("150 MiB", 150 * 1024**2),
+        ("80gb", 80 * 10**9),
+        ("17", 17),
+        (".5 KiB", 512),
+    ],
 )
 def test_amounts_are_read_in_both_families_of_units(text: str, size: int) -> None:
     """GiB is 1024^3 and GB is 10^9, whatever the case."""

@@ -39,7 +39,7 @@ PrecisionOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Override an option of the recipe; repeatable."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Set an option of the recipe; repeatable."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu or cuda; by default the one at hand.")

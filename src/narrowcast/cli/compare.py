@@ -88,8 +88,7 @@ def compare(
 ) -> None:
     """Train in several precisions on the same seeds, and say what the results allow to be said.
 
-    The protocol is written down and hashed before the first step. The same command run again goes
-    on where it was interrupted.
+    The protocol is hashed before the first step; the same command goes on after an interruption.
     """
     from narrowcast.compare import compare as run
     from narrowcast.compare import default_directory, plan_comparison

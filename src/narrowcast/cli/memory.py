@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,8 +20,8 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.errors import RunDirectoryError, UnknownName
-from narrowcast.policy import AutocastRules
+from narrowcast.cli.precision import KeepOption, chosen_policy
+from narrowcast.errors import RunDirectoryError
 
 if TYPE_CHECKING:
     from narrowcast.records.memory import MemoryRecord
@@ -46,6 +45,7 @@ def memory(
     recipe: RecipeArgument,
     precision: PrecisionOption = "auto",
     overrides: SetOption = None,
+    keep_fp32: KeepOption = None,
     device: DeviceOption = None,
     autocast_rules: AutocastRulesOption = "native",
     seed: SeedOption = 0,
@@ -59,22 +59,16 @@ def memory(
     precisions that use autocast it also finds the batch size from which they hold less than fp32.
     """
     _require_empty(output)
-    if autocast_rules not in get_args(AutocastRules):
-        raise UnknownName.of("autocast rules", autocast_rules, get_args(AutocastRules))
-    from narrowcast.device import device_at_hand, resolve_policy
+    from narrowcast.device import device_at_hand
     from narrowcast.profiling import measure_recipe
     from narrowcast.recipes.load import load_recipe
 
     target = device_at_hand(device)
-    policy, why = resolve_policy(precision, target)
-    out = console()
-    if policy.name != precision:
-        out.print(f"precision {policy.name}: {why}", markup=False, highlight=False)
-    rules: AutocastRules = "cuda" if autocast_rules == "cuda" else "native"
-    with out.status("measuring one training step"):
+    policy = chosen_policy(precision, target, rules=autocast_rules, keep_fp32=keep_fp32)
+    with console().status("measuring one training step"):
         record = measure_recipe(
             load_recipe(recipe, overrides or ()),
-            replace(policy, autocast_rules=rules),
+            policy,
             target,
             seed=seed,
             cross_check=cross_check and target.type == "cpu",

@@ -102,7 +102,7 @@ class MemoryLedger:
             post = register_optimizer_step_post_hook(self._after_optimizer)
             stack.callback(post.remove)
             stack.enter_context(
-                torch.autograd.graph.saved_tensors_hooks(self._saved, lambda held: held)
+                torch.autograd.graph.saved_tensors_hooks(self._watch.pack, self._watch.unpack)
             )
             stack.enter_context(self._watch)
             self._open = stack.pop_all()
@@ -217,13 +217,6 @@ class MemoryLedger:
     def _after_optimizer(self, optimizer: Optimizer, *_: object) -> None:
         self._claim_optimizer(optimizer)
 
-    def _saved(self, tensor: Tensor) -> Tensor:
-        """Learn what autograd saves; detached, since holding an output would keep its own graph."""
-        holding = self._book.find(tensor)
-        if holding is not None:
-            holding.claim(Role.ACTIVATION)
-        return tensor.detach() if tensor.requires_grad else tensor
-
     def _notes(self, held: dict[Holding, int], peak: Moment) -> Iterator[str]:
         if self._allocator:
             beyond = self._allocator["allocated"] - peak.bytes
@@ -232,13 +225,18 @@ class MemoryLedger:
                 "counted here: blocks rounded up to 512 B, workspaces of cuBLAS and cuDNN, and "
                 "tensors of this process outside the step"
             )
-        foreign = sum(size for h, size in held.items() if h.role == Role.UNATTRIBUTED)
+        foreign = [h for h in held if h.role == Role.UNATTRIBUTED]
         if foreign:
-            first = next(h.module for h in held if h.role == Role.UNATTRIBUTED)
             yield (
-                f"{format_bytes(foreign)} were there before the step and belong to nothing that "
-                f"the ledger was told of, first used in {first}; if they are the batch, pass them "
-                "to ledger.inputs()"
+                f"the line 'unattributed' was there before the step and belongs to nothing that "
+                f"the ledger was told of; first used in {foreign[0].module}"
+            )
+        if self._book.only_read:
+            size = sum(count for count, _ in self._book.only_read)
+            yield (
+                f"{format_bytes(size)} from before the step were only read and are not counted, "
+                f"first in {self._book.only_read[0][1]}: the data set, or a batch that was not "
+                "passed to ledger.inputs()"
             )
 
 

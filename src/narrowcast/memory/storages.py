@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ _RANK = {
 }
 
 
+# Bookkeeping such as a loss scale is not worth a word.
+_SCALAR_BYTES = 8
+
 _SPARSE_PARTS: dict[torch.layout, tuple[Callable[[Tensor], Tensor], ...]] = {
     torch.sparse_coo: (Tensor._indices, Tensor._values),
     torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices, Tensor.values),
@@ -80,6 +83,14 @@ class Holding:
             self.role = role
             if module is not None:
                 self.module = module
+
+
+class _Foreign(NamedTuple):
+    """A storage that was read and that nobody had announced."""
+
+    reference: weakref.ref[torch.UntypedStorage]
+    bytes: int
+    module: str
 
 
 def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
@@ -120,7 +131,10 @@ class StorageBook:
         self.device = device
         self.total = 0
         self.log: list[tuple[Holding, int]] = []
+        self.only_read: tuple[tuple[int, str], ...] = ()
+        """After closing: size, and module of the first use, of what was read and never counted."""
         self._live: dict[int, Holding] = {}
+        self._read: dict[int, _Foreign] = {}
         self._open = True
 
     def find(self, tensor: Tensor) -> Holding | None:
@@ -131,18 +145,25 @@ class StorageBook:
         return None if first is None else self._live.get(first._cdata)
 
     def read(self, tensor: Tensor, module: str) -> None:
-        """Note what an operation reads; what is new then was there before the ledger looked.
+        """Note what an operation reads: an unknown storage was there before the ledger looked.
 
-        Unknown scalars are passed over: they are bookkeeping, such as the loss scale of
-        ``torch.amp.GradScaler``, and MemTracker does not count them either.
+        It is remembered and not counted: it may be the whole data set, of which a batch is taken.
         """
-        if tensor.device == self.device and (tensor.numel() > 1 or self.find(tensor) is not None):
-            self._see_all(tensor, Role.UNATTRIBUTED, module)
+        if tensor.device == self.device:
+            for storage in storages_of(tensor):
+                if storage._cdata in self._live:
+                    self._see_storage(storage, Role.TEMPORARY, module)  # may have been resized
+                elif self._foreign(storage) is None:
+                    reference = weakref.ref(storage)
+                    self._read[storage._cdata] = _Foreign(reference, storage.nbytes(), module)
 
     def made(self, tensor: Tensor, module: str) -> None:
-        """Note what an operation returns: a new storage, or a view of a known one."""
+        """Note what an operation returns: a new storage, or a view of a known or an old one."""
         if tensor.device == self.device:
-            self._see_all(tensor, Role.TEMPORARY, module)
+            for storage in storages_of(tensor):
+                foreign = self._foreign(storage) is not None
+                role = Role.UNATTRIBUTED if foreign else Role.TEMPORARY
+                self._see_storage(storage, role, module)
 
     def claim(self, tensor: Tensor, role: str, module: str | None = None) -> None:
         """Give the storages of a tensor a role that is known for certain, entering them if new."""
@@ -154,6 +175,12 @@ class StorageBook:
     def close(self) -> None:
         """Stop following; what dies later is no longer noted."""
         self._open = False
+        self.only_read = tuple(
+            (found.bytes, found.module)
+            for key, found in self._read.items()
+            if key not in self._live and found.bytes > _SCALAR_BYTES
+        )
+        self._read.clear()
         for holding in self._live.values():
             holding.reference = None
         self._live.clear()
@@ -164,13 +191,10 @@ class StorageBook:
         if holding is not None and self._open:
             self._change(holding, storage.nbytes())
 
-    def _see_all(self, tensor: Tensor, role: str, module: str) -> None:
-        # By far the commonest; the general path costs twice as much.
-        if type(tensor) is Tensor and tensor.layout is torch.strided:
-            self._see_storage(tensor.untyped_storage(), role, module)
-            return
-        for storage in storages_of(tensor):
-            self._see_storage(storage, role, module)
+    def _foreign(self, storage: torch.UntypedStorage) -> _Foreign | None:
+        """Return what was noted when this storage was read; its address may be another's by now."""
+        found = self._read.get(storage._cdata)
+        return found if found is not None and found.reference() is storage else None
 
     def _see_storage(self, storage: torch.UntypedStorage, role: str, module: str) -> Holding:
         key = storage._cdata

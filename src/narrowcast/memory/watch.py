@@ -34,6 +34,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.moments: list[Moment] = []
         self.phase = FORWARD
+        self._quiet = False
+        self._unpacked = False
         self._book = book
         self._trace = trace
         self._recomputed: list[Holding] = []
@@ -43,11 +45,32 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         book = self._book
         self.moments.append(Moment(len(book.log), self.phase, module, book.total))
 
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Learn what autograd saves, and hold it without its graph: an output would keep itself."""
+        holding = self._book.find(tensor)
+        if holding is not None:
+            holding.claim(Role.ACTIVATION)
+        if not tensor.requires_grad:
+            return tensor
+        self._quiet = True  # this operation is ours and not the step's
+        try:
+            return tensor.detach()
+        finally:
+            self._quiet = False
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        """Give back what was saved; autograd detaches it first, because there are hooks."""
+        self._unpacked = True
+        return tensor
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Wrapper subclasses (DTensor and the like) come apart first; their parts are seen here.
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
+        unpacked, self._unpacked = self._unpacked, False
+        if self._quiet or (unpacked and func is _aten.detach.default):
+            return func(*args, **kwargs)
         module = self._locate()
         if func not in _BIRTHS:
             _each(args, self._book.read, module)

@@ -17,7 +17,7 @@ CATEGORIES: dict[str, str] = {
     "buffers": "module buffers: running statistics, masks, positions",
     "inputs": "the batch",
     "temporaries": "everything else that an operation made and something still holds",
-    "unattributed": "storages that existed before the ledger looked and belong to nothing it knows",
+    "unattributed": "memory from before the step that belongs to nothing the ledger knows",
 }
 
 

@@ -42,7 +42,7 @@ def figures_of(chart: Chart) -> tuple[Figure, ...]:
     """
     lines = [panel for panel in chart.panels if isinstance(panel, LinePanel)]
     shared = line_axis(lines) if lines else None
-    alone = len(chart.panels) == 1
+    alone = len(chart.panels) == 1 or not chart.beside
     figures = tuple(_figure(panel, shared, alone=alone) for panel in chart.panels)
     places = {entry.group: i for i, entry in enumerate(chart.legend)}
     for trace in (trace for figure in figures for trace in figure["data"]):

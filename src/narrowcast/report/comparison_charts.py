@@ -29,6 +29,7 @@ from narrowcast.report.wording import (
     listed,
     number,
     plural,
+    run_values,
     seconds_or_nothing,
 )
 
@@ -88,13 +89,15 @@ def _harm_band(limit: float) -> Band:
 
 
 def _difference_strip(verdict: VerdictRecord, seeds: Sequence[int]) -> Strip:
+    known = verdict.interval is not None and all(map(math.isfinite, verdict.interval))
+    interval = verdict.interval if known else None
     return Strip(
         label=verdict.precision,
         colour=colour_of(verdict.precision),
         dots=_dots(seeds, verdict.differences),
         centre=verdict.difference,
         centre_name="mean difference",
-        interval=verdict.interval,
+        interval=interval,
     )
 
 
@@ -174,7 +177,7 @@ def _final_losses(record: ComparisonRecord) -> Table:
             *(Column(title=f"seed {seed}", numeric=True) for seed in record.protocol.seeds),
         ),
         rows=tuple(
-            (arm.precision, *("diverged" if x is None else number(x) for x in arm.final_losses))
+            (arm.precision, *run_values(arm.final_losses, record.protocol.seeds))
             for arm in record.arms
         ),
     )
@@ -191,13 +194,17 @@ def _curve_panel(arm: ArmRecord) -> LinePanel:
                 group=arm.precision,
                 colour=colour_of(arm.precision),
                 x=tuple(point.step for point in curve),
-                y=tuple(point.loss if math.isfinite(point.loss) else None for point in curve),
+                y=tuple(map(_finite, (point.loss for point in curve))),
                 flags=_skipped(curve),
             )
             for seed, curve in zip(arm.seeds, arm.curves, strict=False)
             if curve
         ),
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _skipped(curve: Sequence[CurvePoint]) -> tuple[int, ...]:
@@ -213,7 +220,7 @@ def loss_scale(record: ComparisonRecord) -> tuple[Block, ...]:
             series = tuple(
                 replace(
                     one,
-                    y=tuple(point.loss_scale for point in curve),
+                    y=tuple(map(_finite, (point.loss_scale for point in curve))),
                     stepped=True,
                 )
                 for one, curve in zip(panel.series, filter(None, arm.curves), strict=True)

@@ -34,6 +34,7 @@ from narrowcast.report.wording import (
     number,
     plural,
     relative,
+    run_values,
     seconds_or_nothing,
     sentence,
     spaced,
@@ -230,14 +231,15 @@ def _seed_table(record: ComparisonRecord, metric: str) -> Table:
     arms = [(arm.precision, arm) for arm in record.arms]
     if record.control:
         arms.append((f"{record.protocol.reference} perturbed", record.control.arm))
+    seeds = record.protocol.seeds
     rows = []
     for label, arm in arms:
         mean, sd = arm.metric_means.get(metric), arm.metric_sds.get(metric)
         values, own = arm.metrics.get(metric, ()), arm.training_precision_metrics.get(metric, ())
-        rows.append((label, "fp32", *map(_value, values), number(mean), number(sd, 2)))
+        rows.append((label, "fp32", *run_values(values, seeds), number(mean), number(sd, 2)))
         if own and own != values:
-            rows.append((label, arm.precision, *map(_value, own), "", ""))
-    heads = [*(f"seed {seed}" for seed in record.protocol.seeds), "mean", "sd"]
+            rows.append((label, arm.precision, *run_values(own, seeds), "", ""))
+    heads = [*(f"seed {seed}" for seed in seeds), "mean", "sd"]
     return Table(
         caption=f"{metric}, run by run",
         columns=(
@@ -247,10 +249,6 @@ def _seed_table(record: ComparisonRecord, metric: str) -> Table:
         ),
         rows=tuple(rows),
     )
-
-
-def _value(value: float | None) -> str:
-    return "diverged" if value is None else number(value)
 
 
 def _skips(record: ComparisonRecord) -> tuple[Block, ...]:

@@ -68,7 +68,9 @@ def outline_of_memory(record: MemoryRecord) -> Outline:
 
 def memory_blocks(record: MemoryRecord) -> tuple[Block, ...]:
     """Say where the peak lies and what it consists of, and draw the step."""
-    where = f" in {record.peak_module}" if record.peak_module else ""
+    # A name in parentheses, such as "(outside modules)", is the ledger's and not a module's.
+    inside = record.peak_module and not record.peak_module.startswith("(")
+    where = f", in {record.peak_module}" if inside else ""
     peak = (
         f"The peak of {format_bytes(record.total_peak_bytes)} lies in {record.peak_phase}{where}."
     )

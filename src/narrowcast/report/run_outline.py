@@ -89,6 +89,11 @@ def _result(record: RunRecord) -> tuple[Block, ...]:
         ("step time", seconds_or_nothing(record.step_seconds)),
         ("samples per second", number(record.samples_per_second)),
         ("executed as asked", yes_no(record.precision_honoured)),
+        *(
+            (f"{kind} executed in", dtypes_text(record.executed_dtypes[kind]))
+            for kind in ("matmul", "conv", "attention", "rnn")  # what a precision is about
+            if kind in record.executed_dtypes
+        ),
     ]
     facts = Facts(pairs=tuple(pairs), headline=True)
     return (facts, *((Prose(lines=tuple(warnings), kind="warning"),) if warnings else ()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from narrowcast.records.comparison import Verdict
 from narrowcast.records.memory import CATEGORIES
@@ -33,6 +33,7 @@ __all__ = [
     "plural",
     "printable",
     "relative",
+    "run_values",
     "seconds_or_nothing",
     "sentence",
     "signed",
@@ -161,7 +162,9 @@ def bytes_or_nothing(size: int | None) -> str:
 
 def seconds_or_nothing(seconds: float | None) -> str:
     """Write a duration, or that there is none."""
-    return NOTHING if seconds is None else format_duration(seconds)
+    if seconds is None or not math.isfinite(seconds):
+        return number(seconds)
+    return format_duration(seconds)
 
 
 def spaced(name: str) -> str:
@@ -214,3 +217,9 @@ def format_value(value: float | None, unit: Unit) -> str:
     if unit == "seconds":
         return format_duration(value)
     return f"{value:,.0f}" if unit == "scale" and value >= 1 else number(value)
+
+
+def run_values(values: Sequence[float | None], seeds: Sequence[int]) -> tuple[str, ...]:
+    """Write one value a seed; None is a diverged run, and a value that is not there is n/a."""
+    words = ["diverged" if value is None else number(value) for value in values[: len(seeds)]]
+    return (*words, *[NOTHING] * (len(seeds) - len(words)))

@@ -1,0 +1,264 @@
+"""`narrowcast train`: one training in one precision, followed live, saved, and resumable."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
+
+from narrowcast.cli.common import (
+    AutocastRulesOption,
+    DeviceOption,
+    JsonOption,
+    OutputOption,
+    PrecisionOption,
+    RecipeArgument,
+    SeedOption,
+    SetOption,
+    StepsOption,
+    console,
+    emit_json,
+)
+from narrowcast.cli.precision import KeepOption, chosen_policy
+from narrowcast.units import format_duration
+
+if TYPE_CHECKING:
+    from narrowcast.events import Event, Started
+    from narrowcast.records.run import Evaluation, RunRecord, StepPoint
+
+__all__ = ["Watch", "register", "train", "watching"]
+
+RUNS = Path("runs")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    app.command(name="train")(train)
+
+
+AccumulateOption = Annotated[
+    int, typer.Option("--accumulate", metavar="N", help="Micro-batches that make one step.")
+]
+ClipOption = Annotated[
+    float | None,
+    typer.Option("--clip-norm", help="Limit the L2 norm of the unscaled gradients to this."),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on from the last checkpoint, bit for bit; or begin."),
+]
+CheckpointOption = Annotated[
+    int | None,
+    typer.Option(
+        "--checkpoint-every", metavar="N", help="Steps between checkpoints; by default a tenth."
+    ),
+]
+EvaluateOption = Annotated[
+    int | None,
+    typer.Option(
+        "--evaluate-every", metavar="N", help="Steps between evaluations; by default only the end."
+    ),
+]
+MeasureOption = Annotated[
+    bool,
+    typer.Option(
+        "--measure/--no-measure",
+        help="Measure memory, executed dtypes and what the device does badly, on early steps.",
+    ),
+]
+DeterministicOption = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="Allow only operations that give the same bits every time; exact resume needs it.",
+    ),
+]
+
+
+def train(
+    recipe: RecipeArgument,
+    precision: PrecisionOption = "auto",
+    overrides: SetOption = None,
+    steps: StepsOption = None,
+    seed: SeedOption = 0,
+    accumulate: AccumulateOption = 1,
+    clip_norm: ClipOption = None,
+    keep_fp32: KeepOption = None,
+    device: DeviceOption = None,
+    autocast_rules: AutocastRulesOption = "native",
+    output: OutputOption = None,
+    resume: ResumeOption = False,
+    checkpoint_every: CheckpointOption = None,
+    evaluate_every: EvaluateOption = None,
+    measure: MeasureOption = True,
+    deterministic: DeterministicOption = True,
+    json: JsonOption = None,
+) -> None:
+    """Train a recipe in one precision. Ctrl-C ends the run cleanly; --resume goes on exactly."""
+    from narrowcast.assembly import TrainOptions
+    from narrowcast.device import device_at_hand
+    from narrowcast.recipes.load import load_recipe
+    from narrowcast.train import train as run
+
+    options = TrainOptions(
+        steps=steps,
+        seed=seed,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
+        measure=measure,
+        deterministic=deterministic,
+    )
+    place = device_at_hand(device)
+    loaded = load_recipe(recipe, overrides or ())
+    policy = chosen_policy(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
+    stem = f"{loaded.name}-{policy.name}-seed{seed}"
+    directory = output or _default_directory(stem, resume=resume)
+    with watching() as watch:
+        record = run(
+            loaded,
+            policy,
+            options,
+            directory,
+            device=place,
+            observe=watch,
+            resume=resume,
+            command=shlex.join(["narrowcast", *sys.argv[1:]]),
+        )
+    _finish(record, directory, json)
+
+
+def _default_directory(stem: str, *, resume: bool) -> Path:
+    """Choose a new directory under runs/, or the newest of this name to go on with."""
+    from narrowcast.run_directory import default_directory, latest_directory
+
+    latest = latest_directory(RUNS, stem) if resume else None
+    return latest or default_directory(RUNS, stem)
+
+
+def _finish(record: RunRecord, directory: Path, json: str | None) -> None:
+    """Write the report, print the result, and end with 130 if the run was interrupted."""
+    from narrowcast.report.html import write_html
+    from narrowcast.report.terminal import render_summary
+    from narrowcast.run_directory import RunDirectory
+
+    place = RunDirectory(directory)
+    points = [p for p in place.read_metrics() if p.kind == "step"]
+    write_html(record, place.report_path, points=points)
+    emit_json(record, json)
+    out = console()
+    if record.status == "interrupted":
+        _say(
+            out,
+            f"interrupted after step {record.completed_steps} of {record.planned_steps} and "
+            f"saved; the same command with --resume --output {directory} goes on",
+        )
+        raise typer.Exit(130)
+    # The result is what was asked for: to stdout, unless JSON is to stand there.
+    render_summary(record, out if json == "-" else Console(), points=points)
+    _say(out, f"run: {directory} (report: {place.report_path})")
+
+
+class Watch:
+    """Follows one training after another; shows steps, rate, time left, loss, scale and skips."""
+
+    def __init__(self, shown: Progress, out: Console) -> None:
+        self._shown = shown
+        self._out = out
+        self._task = shown.add_task("", total=None, visible=False, rate="", state="")
+        self._total = 0
+        self._skipped = 0
+        self._first: tuple[int, float] | None = None
+        """Step and time since when the rate is measured: after the first, slow ones."""
+
+    def __call__(self, event: Event) -> None:
+        from narrowcast.events import Notice, Started
+        from narrowcast.records.run import Evaluation, StepPoint
+
+        match event:
+            case Started():
+                self._begin(event)
+            case StepPoint():
+                self._advance(event)
+            case Evaluation():
+                self._evaluated(event)
+            case Notice():
+                _say(self._out, f"note: {event.text}")
+            case _:
+                pass
+
+    def _begin(self, event: Started) -> None:
+        record = event.record
+        self._total, self._skipped, self._first = record.planned_steps, 0, None
+        what = f"{record.recipe} in {record.precision}"
+        if event.step == self._total:
+            _say(self._out, f"{event.directory}: all {self._total} steps were taken already")
+            return
+        since = f", from step {event.step} on" if event.step else ""
+        where = f"{record.environment.device_name}, in {event.directory}"
+        _say(self._out, f"training {what}: {self._total} steps{since}, on {where}")
+        self._shown.reset(
+            self._task,
+            description=record.precision,
+            total=self._total,
+            completed=event.step,
+            visible=True,
+        )
+
+    def _advance(self, point: StepPoint) -> None:
+        now = time.monotonic()
+        self._skipped += not point.applied
+        if self._first is None:
+            self._first = (point.step, now)
+        done, elapsed = point.step - self._first[0], now - self._first[1]
+        speed = done / elapsed if elapsed > 0 else 0.0
+        left = format_duration(max(1, round((self._total - point.step) / speed))) if speed else ""
+        scale = f"  scale {point.loss_scale:g}" if point.loss_scale != 1 else ""
+        skips = f"  {self._skipped} skipped" if self._skipped else ""
+        self._shown.update(
+            self._task,
+            completed=point.step,
+            rate=f"{speed:.3g} steps/s, {left} left" if speed else "",
+            state=f"loss {point.loss:.4g}{scale}{skips}",
+        )
+
+    def _evaluated(self, evaluation: Evaluation) -> None:
+        if self._shown.disable:
+            return
+        values = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+        _say(self._out, f"step {evaluation.step}, evaluated in {evaluation.precision}: {values}")
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Show live progress on a terminal; elsewhere one line when a training starts."""
+    out = console()
+    whole = partial(Column, no_wrap=True, overflow="crop")
+    shown = Progress(
+        TextColumn("{task.description}", markup=False, table_column=whole()),
+        BarColumn(bar_width=16, table_column=whole()),
+        MofNCompleteColumn(table_column=whole()),
+        TextColumn("{task.fields[rate]}", markup=False, table_column=whole()),
+        TextColumn("{task.fields[state]}", markup=False, table_column=whole()),
+        console=out,
+        disable=not out.is_terminal,
+        transient=True,
+    )
+    with shown:
+        yield Watch(shown, out)
+
+
+def _say(out: Console, text: str) -> None:
+    """Print one line as it is: paths and the recipes' own words are no markup."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)

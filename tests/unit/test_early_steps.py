@@ -1,0 +1,67 @@
+"""Executed dtypes and memory are measured on early steps of the real training, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from narrowcast.policy import policy_named
+from narrowcast.recipes.load import load_recipe
+from narrowcast.records.run import RunRecord
+from narrowcast.train import TrainOptions, train
+
+SMALL = Path(__file__).parents[1] / "small_recipe.py"
+
+
+def run(directory: Path, precision: str, **options: int | bool) -> RunRecord:
+    return train(
+        load_recipe(SMALL),
+        policy_named(precision),
+        TrainOptions(**options),  # type: ignore[arg-type]
+        directory,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_a_run_of_any_length_is_measured(tmp_path: Path, steps: int) -> None:
+    """On its last step where it has no second or third."""
+    record = run(tmp_path / "run", "bf16", steps=steps)
+
+    # Two linear layers: one product forward and one backward for the first, whose input needs no
+    # gradient, and two backward for the second.
+    assert record.executed_dtypes["matmul"] == {"bf16": 5}
+    assert record.memory is not None
+    assert sum(line.bytes for line in record.memory.lines) == record.peak_bytes
+
+
+def test_every_micro_batch_of_the_step_is_counted(tmp_path: Path) -> None:
+    """Three micro-batches execute three times the products."""
+    record = run(tmp_path / "run", "bf16", accumulate=3)
+
+    assert record.executed_dtypes["matmul"] == {"bf16": 15}
+
+
+def test_the_ledger_knows_batch_and_optimizer(tmp_path: Path) -> None:
+    """The batch is under inputs, AdamW's moments under optimizer_state; nothing is left over."""
+    record = run(tmp_path / "run", "fp32")
+
+    assert record.memory is not None
+    held = {line.category: line.bytes for line in record.memory.lines}
+    weights = sum(p.numel() for p in load_recipe(SMALL).build_model().parameters())
+    assert held["inputs"] == 8 * 6 * 4 + 8 * 8  # fp32 features and int64 labels
+    assert held["optimizer_state"] == 2 * 4 * weights + 6 * 4  # and one step counter a tensor
+    assert held["unattributed"] == 0
+    assert (record.memory.recipe, record.memory.batch_size) == ("small_recipe", 8)
+
+
+def test_measuring_can_be_left_out(tmp_path: Path) -> None:
+    """Then the record says nothing rather than something unmeasured."""
+    record = run(tmp_path / "run", "bf16", measure=False)
+
+    assert record.memory is None
+    assert record.peak_bytes is None
+    assert record.executed_dtypes == {}
+    assert record.precision_honoured is None
