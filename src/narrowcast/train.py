@@ -1,23 +1,12 @@
-"""The only training loop: a recipe in one precision, from its first step or its last checkpoint.
+"""A recipe trained in one precision, from its first step or from its last checkpoint.
 
-    while True:
-        evaluate, if it is time and was not done        (so a resumed run catches up)
-        save a checkpoint, if it is time or we shall stop
-        stop, if all steps are taken or somebody asked
-        take a step, and append it to metrics.jsonl
-
-A run that is stopped anywhere and resumed passes through the same states as one that is not: every
-piece of state is in the checkpoint, and nothing that only observes (evaluation, measurement) can
-shift it. What is told on the way goes to an observer; this file prints nothing.
+This file opens and closes what a run needs: its directory and lock, the random streams, the number
+of threads, the determinism switches. The loop itself is in ``loop``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,27 +15,18 @@ import torch
 
 from narrowcast import checkpoint
 from narrowcast.assembly import Assembly, TrainOptions, assemble, identity_of, steps_of
-from narrowcast.data import to_device
 from narrowcast.determinism import deterministic, thread_count
-from narrowcast.device import environment, require, warnings_before_run
-from narrowcast.early_steps import EarlySteps, PeakMemory
-from narrowcast.engine import StepReport
-from narrowcast.errors import NarrowcastError, PrecisionError, RunDirectoryError
-from narrowcast.evaluation import evaluate_model
-from narrowcast.events import Ended, Notice, Observer, Saved, Started, ignore
-from narrowcast.interruption import Interruption
+from narrowcast.device import environment, require
+from narrowcast.events import Observer, ignore
+from narrowcast.loop import Run
 from narrowcast.policy import Policy
-from narrowcast.progress import Progress
-from narrowcast.randomness import isolated, random_state, restore_random_state
+from narrowcast.randomness import isolated
 from narrowcast.recipes.load import Recipe, option_values
-from narrowcast.records.codec import from_json, to_json
-from narrowcast.records.run import RunRecord, Status, StepPoint
-from narrowcast.run_directory import MetricsLog, RunDirectory
+from narrowcast.records.codec import to_json
+from narrowcast.records.run import RunRecord
+from narrowcast.run_directory import RunDirectory
 
 __all__ = ["TrainOptions", "train"]
-
-# A checkpoint of a run that keeps being interrupted should cost little of it.
-_CHECKPOINTS_A_RUN = 10
 
 
 def train(
@@ -85,7 +65,7 @@ def train(
         if options.deterministic:
             stack.enter_context(deterministic())
         parts = assemble(recipe, policy, options, device)
-        run = _Run(parts, options, place, identity, observe)
+        run = Run(parts, options, place, identity, observe)
         stack.callback(run.close)
         if saved is None:
             run.begin(_new_record(parts, options, command), warnings)
@@ -93,6 +73,7 @@ def train(
                 run.notice(f"nothing to resume in {place.path}: the run begins with its first step")
         else:
             run.go_on(saved)
+            saved.clear()  # what the run did not take over shall not stay in memory
         return run.to_the_end(stop_at)
 
 
@@ -120,276 +101,6 @@ def _new_record(parts: Assembly, options: TrainOptions, command: str) -> RunReco
         perturbation=parts.perturbation,
         initial_weights_hash=parts.initial_weights_hash,
         environment=environment(engine.device),
-        started=_now(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
     )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What one optimizer step gave."""
-
-    loss: float
-    """Mean over its micro-batches."""
-    report: StepReport
-
-
-class _Run:
-    """A training under way: the parts that turn, and how far they have."""
-
-    def __init__(
-        self,
-        parts: Assembly,
-        options: TrainOptions,
-        place: RunDirectory,
-        identity: dict[str, Any],
-        observe: Observer,
-    ) -> None:
-        self.parts = parts
-        self.engine = parts.engine
-        self.options = options
-        self.place = place
-        self.identity = identity
-        self.observe = observe
-        self.steps = steps_of(parts.recipe, options)
-        self.save_every = options.checkpoint_every or max(1, self.steps // _CHECKPOINTS_A_RUN)
-        self.early = EarlySteps(
-            parts.engine, parts.optimizer, steps=self.steps, wanted=options.measure
-        )
-        self.progress = Progress()
-        self.step = 0
-        self.saved: tuple[int, int] | None = None
-        """Step and number of evaluations of the newest checkpoint."""
-        self.record: RunRecord
-        self.peak: PeakMemory
-        self.metrics: MetricsLog
-
-    def begin(self, record: RunRecord, warnings: tuple[str, ...]) -> None:
-        """Start at step 0."""
-        self.record = record
-        self.peak = PeakMemory(self.engine.device, None)
-        self.metrics = MetricsLog(self.place.metrics_path)
-        for text in (*warnings, *self._cautions()):
-            self.notice(text)
-
-    def go_on(self, state: dict[str, Any]) -> None:
-        """Start where a checkpoint was written."""
-        self._load_model(state)
-        self.engine.load_state_dict(state["engine"])
-        self.parts.stream.load_state_dict(state["stream"])
-        self.step = state["step"]
-        record = from_json(RunRecord, state["record"])
-        self.record = replace(record, resumed_at=(*record.resumed_at, self.step))
-        self.saved = (self.step, len(record.evaluations))
-        self.peak = PeakMemory(self.engine.device, record.peak_bytes)
-        self.metrics = MetricsLog(self.place.metrics_path, position=state["metrics_bytes"])
-        self.progress = Progress.of(self.place.read_metrics())
-        there, here = record.environment.device_name, environment(self.engine.device).device_name
-        if there != here:
-            self.notice(
-                f"the run began on {there} and goes on, from step {self.step}, on {here}: "
-                "another device may round differently, so it is not exact from here on"
-            )
-        restore_random_state(state["random"])
-
-    def to_the_end(self, stop_at: int | None) -> RunRecord:
-        """Take the remaining steps, keeping the record true however it ends."""
-        interruption = Interruption()
-
-        def should_stop() -> bool:
-            return interruption.requested or self.step == stop_at
-
-        try:
-            with interruption.listening():
-                self._loop(should_stop)
-                finished = self.step == self.steps and not self._evaluation_is_due()
-                if finished:
-                    self._export()
-                self._conclude("finished" if finished else "interrupted")
-        except KeyboardInterrupt:
-            self._conclude_as_well_as_possible("interrupted", "")
-            raise
-        except BaseException as error:
-            reason = error.message if isinstance(error, NarrowcastError) else repr(error)
-            self.record = replace(self.record, failure_kind=type(error).__name__)
-            self._conclude_as_well_as_possible("failed", reason)
-            raise
-        return self.record
-
-    def notice(self, text: str) -> None:
-        """Tell and record something that a person should know."""
-        self.record = replace(self.record, warnings=(*self.record.warnings, text))
-        self.observe(Notice(text=text))
-
-    def close(self) -> None:
-        """Let go of the open file."""
-        if hasattr(self, "metrics"):
-            self.metrics.close()
-
-    def _loop(self, should_stop: Callable[[], bool]) -> None:
-        self.engine.model.train()
-        self.observe(Started(record=self.record, directory=self.place.path, step=self.step))
-        while True:
-            if self._evaluation_is_due():
-                self._evaluate(should_stop)
-            stopping = should_stop() or self.step == self.steps
-            if stopping or self.saved is None or self.step % self.save_every == 0:
-                self._save()
-            if stopping:
-                return
-            self._take_step()
-
-    def _evaluation_is_due(self) -> bool:
-        every = self.options.evaluate_every
-        is_time = self.step == self.steps or bool(every and self.step and self.step % every == 0)
-        return is_time and all(e.step != self.step for e in self.record.evaluations)
-
-    def _evaluate(self, should_stop: Callable[[], bool]) -> None:
-        self.peak.look()
-        found = evaluate_model(
-            self.parts.recipe,
-            self.engine,
-            self.parts.evaluation_data,
-            step=self.step,
-            seed=self.options.seed,
-            should_stop=should_stop,
-        )
-        self.peak.forget()
-        self.record = replace(self.record, evaluations=(*self.record.evaluations, *found))
-        self.metrics.append(*found)
-        for evaluation in found:
-            self.observe(evaluation)
-
-    def _take_step(self) -> None:
-        step = self.step + 1
-        if self.early.measures(step):
-            self.peak.look()  # the ledger resets the allocator's own peak
-        rate = float(self.parts.optimizer.param_groups[0]["lr"])
-        began = time.perf_counter()
-        with self.early.memory(step):
-            outcome = self._micro_batches(step)
-        seconds = time.perf_counter() - began
-        self.step = step
-        self._add_measurements(step)
-        point = StepPoint(
-            step=step,
-            loss=outcome.loss,
-            loss_scale=outcome.report.loss_scale,
-            gradient_norm=outcome.report.gradient_norm,
-            applied=outcome.report.applied,
-            reason=outcome.report.reason,
-            seconds=seconds,
-            learning_rate=rate,
-        )
-        self.progress.add(point)
-        self.metrics.append(point)
-        self.observe(point)
-
-    def _micro_batches(self, step: int) -> _Outcome:
-        """Forward and backward for each micro-batch, and the step that the last one closes."""
-        losses = []
-        while True:
-            _, batch = next(self.parts.stream)
-            batch = to_device(batch, self.engine.device)
-            self.early.inputs(batch)
-            with self.early.dtypes(step):
-                with self.engine.forward():
-                    loss = self.parts.recipe.compute_loss(self.engine.model, batch)
-                self.engine.backward(loss)
-            losses.append(loss.detach())
-            report = self.engine.step()
-            if report.complete:
-                mean = sum(value.item() for value in losses) / len(losses)
-                return _Outcome(mean, report)
-
-    def _add_measurements(self, step: int) -> None:
-        if not self.early.measures(step):
-            return
-        known = self.record.precision_honoured
-        self.record = self.early.add_to(self.record, step)
-        if known is None and self.record.precision_honoured is False:
-            self.notice(
-                f"precision {self.record.precision} was not carried out: "
-                f"{'; '.join(self.record.precision_notes)}"
-            )
-
-    def _cautions(self) -> tuple[str, ...]:
-        if not self.options.measure:
-            return ()
-        with isolated(self.options.seed, "measuring"):
-            return warnings_before_run(self.engine.policy, self.engine.device, self.engine.model)
-
-    def _save(self) -> None:
-        """Write a checkpoint, unless the newest one holds this state already."""
-        self._bring_record_up_to_date()
-        state_now = (self.step, len(self.record.evaluations))
-        if self.saved != state_now:
-            self.peak.look()
-            path = checkpoint.save(
-                self.place.checkpoints, self._state(), step=self.step, identity=self.identity
-            )
-            self.peak.forget()
-            self.saved = state_now
-            self.observe(Saved(step=self.step, path=path))
-        self.place.write_record(self.record)
-
-    def _state(self) -> dict[str, Any]:
-        model = self.engine.model
-        weights = model.state_dict()
-        return {
-            "step": self.step,
-            "model": weights,
-            "buffers": {n: b for n, b in model.named_buffers() if n not in weights},
-            "engine": self.engine.state_dict(),
-            "stream": self.parts.stream.state_dict(),
-            "random": random_state(),
-            "metrics_bytes": self.metrics.make_durable(),
-            "threads": torch.get_num_threads(),
-            "record": to_json(self.record),
-        }
-
-    def _load_model(self, state: dict[str, Any]) -> None:
-        model = self.engine.model
-        model.load_state_dict(state["model"])
-        unsaved = dict(model.named_buffers())
-        for name, value in state["buffers"].items():
-            unsaved[name].data.copy_(value)
-
-    def _bring_record_up_to_date(self) -> None:
-        skips = self.engine.skips
-        record = replace(
-            self.record,
-            completed_steps=self.step,
-            applied_steps=self.engine.applied_steps(),
-            skipped=skips,
-            skipped_steps=len(skips),
-            data_order_hash=self.parts.stream.order_hash,
-            **self.progress.summary(samples_a_step=self.record.batch_size * self.record.accumulate),
-        )
-        self.record = self.peak.add_to(record)
-
-    def _export(self) -> None:
-        """Write the final weights; raises PrecisionError if no step ever changed them."""
-        if self.engine.applied_steps() == 0:
-            last = self.engine.skips[-1]
-            raise PrecisionError(
-                f"none of the {self.steps} steps was applied, the last one for a {last.reason} "
-                f"at loss scale {last.loss_scale:g}",
-                hint="train for more steps, so that the loss scale can come down, or in bf16",
-            )
-        checkpoint.save_weights(self.place.weights_path, self.engine.model.state_dict())
-
-    def _conclude(self, status: Status, failure: str = "") -> None:
-        self._bring_record_up_to_date()
-        self.record = replace(self.record, status=status, failure=failure, finished=_now())
-        self.place.write_record(self.record)
-        self.observe(Ended(record=self.record))
-
-    def _conclude_as_well_as_possible(self, status: Status, failure: str) -> None:
-        """Record how the run ended; a disk that is full stays the first error's business."""
-        with contextlib.suppress(RunDirectoryError):
-            self._conclude(status, failure)

@@ -27,7 +27,7 @@ def test_every_public_name_loads() -> None:
 
 
 def test_every_module_lists_its_public_names() -> None:
-    """__all__ holds exactly what a module defines without an underscore, or a deliberate part of it."""
+    """Each module says what others may use, and every name that it lists exists."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.name.startswith("__") or path.parent.name == "recipes":
             continue

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from narrowcast.policy import policy_named
+from narrowcast.profiling import measure_recipe
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import RunRecord
 from narrowcast.train import TrainOptions, train
@@ -55,6 +56,22 @@ def test_the_ledger_knows_batch_and_optimizer(tmp_path: Path) -> None:
     assert held["optimizer_state"] == 2 * 4 * weights + 6 * 4  # and one step counter a tensor
     assert held["unattributed"] == 0
     assert (record.memory.recipe, record.memory.batch_size) == ("small_recipe", 8)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_real_training_and_the_memory_command_measure_the_same(
+    tmp_path: Path, precision: str
+) -> None:
+    """To the byte, line by line: `narrowcast train` and `narrowcast memory` tell one story."""
+    recipe = load_recipe("tabular", ["width=32", "batch_size=64"])
+    cpu, policy = torch.device("cpu"), policy_named(precision)
+
+    record = train(recipe, policy, TrainOptions(steps=4), tmp_path / "run", device=cpu)
+    measured = measure_recipe(recipe, policy, cpu, break_even=False)
+
+    assert record.memory is not None
+    assert record.memory.lines == measured.lines
+    assert record.peak_bytes == measured.total_peak_bytes
 
 
 def test_measuring_can_be_left_out(tmp_path: Path) -> None:

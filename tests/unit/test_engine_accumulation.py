@@ -141,3 +141,24 @@ def test_bf16_weights_sum_their_micro_batches_in_the_reduce_format() -> None:
     assert seen == [260.0]
     assert report.gradient_norm == 259.0
     assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("policy", ["fp32", "fp16", "bf16-true"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_evaluating_in_between_changes_nothing(policy: str, accumulate: int) -> None:
+    """Pending gradients survive an evaluation between backward and step, bit for bit."""
+    models = []
+    for evaluates in (False, True):
+        model = small_model()
+        engine = Engine(model, sgd(model), policy, accumulate=accumulate)
+        for i in range(2 * accumulate):
+            with engine.forward():
+                loss = F.cross_entropy(model(X[i]), Y[i])
+            engine.backward(loss)
+            if evaluates:
+                with engine.evaluating():
+                    model(X[0])
+            engine.step()
+        models.append(model)
+
+    assert is_equal(*models)

@@ -46,7 +46,7 @@ def test_an_unknown_precision_names_the_nearest() -> None:
 
 def test_fp16_without_scaling_is_refused() -> None:
     """Small fp16 gradients would become zero without a word."""
-    with pytest.raises(UsageError, match="6.0e-08"):
+    with pytest.raises(UsageError, match=r"6\.0e-08"):
         Policy(name="mine", compute="fp16")
 
 

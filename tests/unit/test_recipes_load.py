@@ -88,7 +88,7 @@ def test_a_minimal_recipe_has_sensible_parts(write: Write) -> None:
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["lr"] == 1e-3
     choice, why = recipe.optimizer_choice
-    assert (choice, "defines no optimizer" in why) == ("AdamW(lr=0.001)", True)
+    assert (choice, "defines no optimizer" in why) == ("AdamW(lr=0.001, fused=True)", True)
     assert recipe.build_scheduler(optimizer, 10) is None
     assert recipe.collate is None
     assert recipe.compute_loss(model, batch()).shape == ()
@@ -147,7 +147,7 @@ def test_the_default_optimizer_takes_the_learning_rate_option(write: Write) -> N
     recipe = load_recipe(path)
 
     assert recipe.build_optimizer(recipe.build_model()).defaults["lr"] == 0.125
-    assert recipe.optimizer_choice[0] == "AdamW(lr=0.125)"
+    assert recipe.optimizer_choice[0] == "AdamW(lr=0.125, fused=True)"
 
 
 def test_frozen_parameters_are_left_out_of_the_default_optimizer(write: Write) -> None:

@@ -176,3 +176,45 @@ def test_leaves_names_every_value_by_its_path() -> None:
     tree = {"a": {"b": [1, (2.0,)]}, 3: "x"}
 
     assert leaves(tree) == {"a.b.0": 1, "a.b.1.0": 2.0, "3": "x"}
+
+
+OPTIMIZERS = [
+    name
+    for name, kind in sorted(vars(torch.optim).items())
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name != "Optimizer"
+]
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "LambdaLR": {"lr_lambda": lambda epoch: 0.9**epoch},
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [1, 3, 3]},
+    "LinearLR": {},
+    "ExponentialLR": {"gamma": 0.9},
+    "CosineAnnealingLR": {"T_max": 5},
+    "PolynomialLR": {},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1},
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 10},
+    "ReduceLROnPlateau": {},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_every_optimizer_of_torch_can_be_stored(name: str) -> None:
+    """After a step, with whatever it keeps by then; the new ones of a new torch as well."""
+    weight = torch.nn.Parameter(torch.randn(3, 3))
+    optimizer = getattr(torch.optim, name)([weight])
+    weight.grad = torch.eye(3).to_sparse() if name == "SparseAdam" else torch.eye(3)
+    optimizer.step(*((lambda: weight.square().sum(),) if name == "LBFGS" else ()))
+    state = optimizer.state_dict()
+
+    assert same(leaves(there_and_back(state)), leaves(state))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_state_of_every_scheduler_of_torch_can_be_stored(name: str) -> None:
+    """Counters of milestones, infinities of the best metric, tuples and strings."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
+    scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **SCHEDULERS[name])
+    state = scheduler.state_dict()
+
+    assert same(leaves(there_and_back(state)), leaves(state))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from narrowcast import checkpoint
+from narrowcast.determinism import thread_count
 from narrowcast.errors import (
     CheckpointError,
     DataError,
@@ -184,18 +185,16 @@ def test_measuring_evaluating_and_saving_change_no_bit(tmp_path: Path) -> None:
 
 def test_a_run_resumed_with_more_threads_keeps_its_own_number(tmp_path: Path) -> None:
     """Sums over threads round by their number, so the checkpoint's number counts."""
-    run(tmp_path / "run", stop_at=6)
     seen: list[int] = []
-    torch.set_num_threads(2)
-    try:
-        run(
-            tmp_path / "run",
-            resume=True,
-            observe=lambda event: seen.append(torch.get_num_threads()),
-        )
+
+    def listen(event: Event) -> None:
+        seen.append(torch.get_num_threads())
+
+    with thread_count(1):
+        run(tmp_path / "run", stop_at=6)
+    with thread_count(2):
+        run(tmp_path / "run", resume=True, observe=listen)
         after = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(1)
 
     assert set(seen) == {1}
     assert after == 2
@@ -365,13 +364,13 @@ def test_lost_metrics_are_found_on_resume(tmp_path: Path) -> None:
 
 
 def test_a_change_of_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another processor may round differently: the run goes on, and its record says from where."""
+    """Another processor may round differently: the run goes on, and its record says so."""
     run(tmp_path / "run", stop_at=6)
     monkeypatch.setattr("narrowcast.device._cpu_name", lambda: "Another CPU")
 
     record = run(tmp_path / "run", resume=True)
 
-    assert "goes on, from step 6, on Another CPU" in record.warnings[0]
+    assert "and is 'Another CPU' from step 6 on" in record.warnings[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

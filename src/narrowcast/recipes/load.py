@@ -10,7 +10,7 @@ A recipe is a Python file that need not know of narrowcast:
     def loss(model, batch): ...             -> tensor that holds one float
     def metrics(model, batch): ...          -> {name: value per sample, or one number}
     HIGHER_IS_BETTER = {"accuracy": True}   optional, needed to compare on that metric
-    def optimizer(model, options): ...      optional, else AdamW(lr=options.lr)
+    def optimizer(model, options): ...      optional, else AdamW(lr=options.lr, fused=True)
     def scheduler(optimizer, options, steps): ...   optional
     def collate(samples): ...               optional, else torch's default_collate
 

@@ -57,7 +57,10 @@ class Recipe:
         """Which optimizer trains, and why that one."""
         if hasattr(self.module, "optimizer"):
             return "the recipe's own", "the recipe defines optimizer(model, options)"
-        return f"AdamW(lr={self._lr:g})", "the recipe defines no optimizer(model, options)"
+        return (
+            f"AdamW(lr={self._lr:g}, fused=True)",
+            "the recipe defines no optimizer(model, options)",
+        )
 
     @property
     def collate(self) -> Callable[[list[Any]], Any] | None:
@@ -149,8 +152,8 @@ class Recipe:
         """Make the recipe's optimizer, or the AdamW that `optimizer_choice` names."""
         trained = [p for p in model.parameters() if p.requires_grad]
         if not hasattr(self.module, "optimizer"):
-            with self._running(f"AdamW(lr={self._lr:g})"):
-                return torch.optim.AdamW(trained, lr=self._lr)
+            with self._running(f"AdamW(lr={self._lr:g}, fused=True)"):
+                return torch.optim.AdamW(trained, lr=self._lr, fused=True)
         with self._running("optimizer(model, options)"):
             optimizer = self.module.optimizer(model, self.options)
         if not isinstance(optimizer, torch.optim.Optimizer):

@@ -46,7 +46,7 @@ def from_json(kind: type[R], data: Any) -> R:
 
     Raises RecordError, naming the field, for a missing or unknown one.
     """
-    return typing.cast(R, _read(kind, data, kind.__name__))
+    return typing.cast("R", _read(kind, data, kind.__name__))
 
 
 def dumps(record: Any, *, indent: int | None = 2) -> str:
@@ -146,7 +146,7 @@ def _read_float(data: Any, where: str) -> float:
     return float(data)
 
 
-def _expect(condition: bool, where: str, expected: object, data: Any) -> None:
+def _expect(condition: object, where: str, expected: object, data: Any) -> None:
     if not condition:
         raise RecordError(
             f"{where}: expected {expected}, got {data!r:.80}",
