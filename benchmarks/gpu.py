@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from provenance import provenance, write_results
 
 from narrowcast import Engine, policy_named
-from narrowcast.cast import numeric_settings
+from narrowcast.precision.cast import numeric_settings
 from narrowcast.recipes.load import load_recipe
 
 Step = Callable[[], None]

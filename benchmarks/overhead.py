@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from provenance import write_results
 from torch import nn
 
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from narrowcast.records.codec import to_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

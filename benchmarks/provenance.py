@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from narrowcast.device import device_at_hand, environment
 from narrowcast.files import write_atomically
+from narrowcast.precision.device import device_at_hand, environment
 from narrowcast.records.codec import to_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -33,8 +33,8 @@ import torch
 from narrowcast.policy import policy_named
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import StepPoint
-from narrowcast.run_directory import RunDirectory
-from narrowcast.train import TrainOptions, train
+from narrowcast.training.run_directory import RunDirectory
+from narrowcast.training.train import TrainOptions, train
 
 RECIPE = Path(__file__).parents[1] / "tests" / "small_recipe.py"
 OPTIONS = TrainOptions(

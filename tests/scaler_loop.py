@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowcast.grad_scaler import GradScaler
+from narrowcast.dropin.grad_scaler import GradScaler
 
 NAN, INF = math.nan, math.inf
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narrowcast.engine import Engine, StepReport
+from narrowcast.engine.engine import Engine, StepReport
 
 STEPS = 50
 X = torch.randn(STEPS, 8, 16, generator=torch.Generator().manual_seed(1))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from narrowcast.comparison.study import Assignment
 from narrowcast.errors import PrecisionError
 from narrowcast.records.codec import dumps
 from narrowcast.records.run import Environment, Evaluation, RunRecord, StepPoint
-from narrowcast.run_directory import RunDirectory
-from narrowcast.study import Assignment
+from narrowcast.training.run_directory import RunDirectory
 
 ENVIRONMENT = Environment(
     device="cpu",

@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from narrowcast.amp import autocast as autocast
-    from narrowcast.engine import Engine as Engine
-    from narrowcast.engine import StepReport as StepReport
+    from narrowcast.dropin.autocast import autocast as autocast
+    from narrowcast.dropin.grad_scaler import GradScaler as GradScaler
+    from narrowcast.engine.engine import Engine as Engine
+    from narrowcast.engine.engine import StepReport as StepReport
     from narrowcast.errors import NarrowcastError as NarrowcastError
     from narrowcast.errors import PrecisionError as PrecisionError
-    from narrowcast.grad_scaler import GradScaler as GradScaler
     from narrowcast.memory.measure import MemoryLedger as MemoryLedger
     from narrowcast.policy import Policy as Policy
     from narrowcast.policy import policy_named as policy_named
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Engine": "narrowcast.engine",
-    "GradScaler": "narrowcast.grad_scaler",
+    "Engine": "narrowcast.engine.engine",
+    "GradScaler": "narrowcast.dropin.grad_scaler",
     "MemoryLedger": "narrowcast.memory.measure",
     "NarrowcastError": "narrowcast.errors",
     "Policy": "narrowcast.policy",
     "PrecisionError": "narrowcast.errors",
-    "StepReport": "narrowcast.engine",
-    "autocast": "narrowcast.amp",
+    "StepReport": "narrowcast.engine.engine",
+    "autocast": "narrowcast.dropin.autocast",
     "policy_named": "narrowcast.policy",
 }
 

@@ -133,7 +133,7 @@ def policy_named(name: str) -> Policy:
     """Return the policy of this name or alias.
 
     ``auto`` is not a policy but a request to choose one, which needs a device: see
-    ``narrowcast.device.choose_policy``. Raises UnknownName with the nearest match.
+    ``narrowcast.precision.device.choose_policy``. Raises UnknownName with the nearest match.
     """
     canonical = ALIASES.get(name, name)
     if canonical not in POLICIES:

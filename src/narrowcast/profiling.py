@@ -21,14 +21,14 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from narrowcast.break_even import Bracket, Sides, break_even_of, search
-from narrowcast.cast import backward_context, forward_context, numeric_settings
 from narrowcast.data import BatchStream, MapDataset, batch_len, evaluation_batches, to_device
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from narrowcast.errors import PrecisionError, RecipeError
+from narrowcast.memory.break_even import Bracket, Sides, break_even_of, search
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.memory.storages import tensors_in
 from narrowcast.policy import Policy, policy_named
+from narrowcast.precision.cast import backward_context, forward_context, numeric_settings
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.memory import BreakEven, MemoryRecord
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autocast_samples import CALLS, UNLISTED, Call, dtypes
-from narrowcast.autocast_rules import CUDA_LISTS, rehearse
+from narrowcast.precision.autocast_rules import CUDA_LISTS, rehearse
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from narrowcast.cast import (
+from narrowcast.policy import policy_named
+from narrowcast.precision.cast import (
     backward_context,
     forward_context,
     full_precision,
     numeric_settings,
     prepare_model,
 )
-from narrowcast.policy import policy_named
 
 pytestmark = pytest.mark.gpu
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from narrowcast.compare import compare, plan_comparison
+from narrowcast.comparison.compare import compare, plan_comparison
+from narrowcast.comparison.study import COMPARISON_FILE
 from narrowcast.policy import policy_named
 from narrowcast.recipes.load import load_recipe
-from narrowcast.study import COMPARISON_FILE
 
 pytestmark = pytest.mark.gpu
 

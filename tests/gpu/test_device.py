@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from narrowcast.device import (
+from narrowcast.errors import UsageError
+from narrowcast.policy import POLICIES
+from narrowcast.precision.device import (
     choose_policy,
     device_at_hand,
     environment,
@@ -14,8 +16,6 @@ from narrowcast.device import (
     require,
     warnings_before_run,
 )
-from narrowcast.errors import UsageError
-from narrowcast.policy import POLICIES
 from narrowcast.records.codec import dumps, loads
 from narrowcast.records.device import DeviceRecord
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narrowcast.engine import Engine, StepReport
+from narrowcast.engine.engine import Engine, StepReport
 from small_training import OVERFLOW, X, Y, is_equal, small_model, weights
 
 pytestmark = pytest.mark.gpu

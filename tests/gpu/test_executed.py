@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrowcast.cast import forward_context, numeric_settings, prepare_model
-from narrowcast.executed import ExecutedDtypes, honoured
 from narrowcast.policy import policy_named
+from narrowcast.precision.cast import forward_context, numeric_settings, prepare_model
+from narrowcast.precision.executed import ExecutedDtypes, honoured
 
 pytestmark = pytest.mark.gpu
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from narrowcast import checkpoint
 from narrowcast.policy import policy_named
-from narrowcast.randomness import isolated, random_state, restore_random_state
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import RunRecord, StepPoint
-from narrowcast.run_directory import RunDirectory
-from narrowcast.state_tree import leaves, pack, unpack
-from narrowcast.train import TrainOptions, train
-from narrowcast.verify import verify_resume
+from narrowcast.training import checkpoint
+from narrowcast.training.randomness import isolated, random_state, restore_random_state
+from narrowcast.training.run_directory import RunDirectory
+from narrowcast.training.state_tree import leaves, pack, unpack
+from narrowcast.training.train import TrainOptions, train
+from narrowcast.training.verify import verify_resume
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ import pytest
 from scipy.stats import binom
 
 from comparisons import arm, protocol
-from narrowcast.verdicts import judge
+from narrowcast.comparison.verdicts import judge
 
 TRIALS = 5_000
 PROMISED = 0.05

@@ -12,7 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 
 from narrowcast.data import BatchStream
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.policy import Policy, policy_named
 from narrowcast.recipes.load import load_recipe

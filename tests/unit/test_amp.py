@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from narrowcast.amp import autocast
+from narrowcast.dropin.autocast import autocast
 from narrowcast.errors import UnknownName, UnsupportedPrecision
 
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is present")

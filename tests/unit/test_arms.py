@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from narrowcast.arms import Run, arm_record, losses_differ, same_training, value_of
+from narrowcast.comparison.arms import Run, arm_record, losses_differ, same_training, value_of
+from narrowcast.comparison.study import Assignment
 from narrowcast.policy import POLICIES
 from narrowcast.records.memory import MemoryLine, MemoryRecord, TimelinePoint
 from narrowcast.records.run import Evaluation, StepPoint
-from narrowcast.study import Assignment
 from trainings import FakeTrainer
 
 

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autocast_samples import CALLS, CPU_ONLY, CUDA_ONLY, UNLISTED, Call, dtypes
-from narrowcast.autocast_rules import CPU_LISTS, CUDA_LISTS, CastLists, rehearse
 from narrowcast.errors import UnknownName, UnsupportedPrecision
+from narrowcast.precision.autocast_rules import CPU_LISTS, CUDA_LISTS, CastLists, rehearse
 
 # Some operations on the lists are deprecated; the lists hold them all the same.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -339,7 +339,7 @@ def test_a_weight_is_cast_once_a_region(grad: bool) -> None:
 
 def test_a_cast_dies_with_its_region() -> None:
     """When autocast ends, nothing of ours keeps the 16-bit copy of a weight alive."""
-    from narrowcast.autocast_rules import _WEIGHT_CASTS
+    from narrowcast.precision.autocast_rules import _WEIGHT_CASTS
 
     weight = nn.Parameter(torch.ones(3, 3))
     with rehearse("cuda"):

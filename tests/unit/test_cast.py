@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from narrowcast.cast import (
+from narrowcast.errors import UnknownName, UsageError
+from narrowcast.policy import POLICIES, Policy, policy_named
+from narrowcast.precision.cast import (
     backward_context,
     format_name,
     forward_context,
@@ -24,8 +26,6 @@ from narrowcast.cast import (
     settings_hold,
     torch_dtype,
 )
-from narrowcast.errors import UnknownName, UsageError
-from narrowcast.policy import POLICIES, Policy, policy_named
 
 BF16, FP32 = torch.bfloat16, torch.float32
 REHEARSED = Policy(name="bf16", compute="bf16", autocast_rules="cuda")

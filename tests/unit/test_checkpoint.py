@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from narrowcast import checkpoint
 from narrowcast.errors import CheckpointError, RunDirectoryError
-from narrowcast.state_tree import leaves
+from narrowcast.training import checkpoint
+from narrowcast.training.state_tree import leaves
 
 IDENTITY = {"recipe": "fashion", "policy": {"compute": "bf16"}, "narrowcast": "0.1.0"}
 
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
 LIMITED = """
 import resource, signal, sys, torch
 from pathlib import Path
-from narrowcast import checkpoint
+from narrowcast.training import checkpoint
 from narrowcast.errors import RunDirectoryError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

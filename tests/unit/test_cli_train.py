@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import pytest
 
-from narrowcast import checkpoint
 from narrowcast.cli.app import main
-from narrowcast.run_directory import RunDirectory
+from narrowcast.training import checkpoint
+from narrowcast.training.run_directory import RunDirectory
 
 SMALL = str(Path(__file__).parents[1] / "small_recipe.py")
 

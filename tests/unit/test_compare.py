@@ -20,7 +20,8 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from narrowcast.cli import compare as verb
-from narrowcast.compare import Plan, compare, default_directory, plan_comparison
+from narrowcast.comparison.compare import Plan, compare, default_directory, plan_comparison
+from narrowcast.comparison.protocol import PROTOCOL_FILE
 from narrowcast.errors import (
     NarrowcastError,
     ProtocolError,
@@ -30,9 +31,8 @@ from narrowcast.errors import (
     UsageError,
 )
 from narrowcast.policy import policy_named
-from narrowcast.protocol import PROTOCOL_FILE
 from narrowcast.recipes.load import load_recipe
-from narrowcast.run_directory import RunDirectory
+from narrowcast.training.run_directory import RunDirectory
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.utils.deterministic
 
-from narrowcast.determinism import deterministic, thread_count
 from narrowcast.errors import RecipeError
+from narrowcast.training.determinism import deterministic, thread_count
 
 
 def settings() -> tuple[object, ...]:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from narrowcast import device as unit
-from narrowcast import speed
 from narrowcast.cli import doctor
-from narrowcast.device import (
+from narrowcast.errors import UnknownName, UnsupportedPrecision, UsageError
+from narrowcast.policy import POLICIES, policy_named
+from narrowcast.precision import device as unit
+from narrowcast.precision import speed
+from narrowcast.precision.device import (
     capabilities,
     choose_policy,
     device_at_hand,
@@ -23,8 +25,6 @@ from narrowcast.device import (
     resolve_policy,
     warnings_before_run,
 )
-from narrowcast.errors import UnknownName, UnsupportedPrecision, UsageError
-from narrowcast.policy import POLICIES, policy_named
 from narrowcast.records.codec import dumps, loads
 from narrowcast.records.device import DeviceRecord
 

@@ -11,7 +11,7 @@ from narrowcast.policy import policy_named
 from narrowcast.profiling import measure_recipe
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import RunRecord
-from narrowcast.train import TrainOptions, train
+from narrowcast.training.train import TrainOptions, train
 
 SMALL = Path(__file__).parents[1] / "small_recipe.py"
 

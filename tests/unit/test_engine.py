@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from narrowcast.errors import UnknownName
 from narrowcast.policy import POLICIES
-from narrowcast.scaling import StaticScale
+from narrowcast.scaling.scales import StaticScale
 from small_training import (
     OVERFLOW,
     STEPS,
@@ -87,7 +87,7 @@ def test_the_public_and_the_private_backward_write_the_same_gradients(
     """Where torch's internal entry is missing, its public function does the same."""
     fast, slow = small_model(), small_model()
     train_step(Engine(fast, sgd(fast), "fp16"), 0)
-    monkeypatch.setattr("narrowcast.gradients._RUN_BACKWARD", None)
+    monkeypatch.setattr("narrowcast.engine.gradients._RUN_BACKWARD", None)
 
     train_step(Engine(slow, sgd(slow), "fp16"), 0)
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narrowcast.engine import Engine
-from narrowcast.scaling import DynamicScale
+from narrowcast.engine.engine import Engine
+from narrowcast.scaling.scales import DynamicScale
 from small_training import (
     OVERFLOW,
     X,

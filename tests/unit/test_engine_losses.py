@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from narrowcast.engine import Engine
-from narrowcast.scaling import DynamicScale, StaticScale
+from narrowcast.engine.engine import Engine
+from narrowcast.scaling.scales import DynamicScale, StaticScale
 from small_training import OVERFLOW, X, Y, holds, is_equal, sgd, small_model, weights
 
 NOISE = torch.randn(20, 8, 4, generator=torch.Generator().manual_seed(5))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from narrowcast.errors import UnknownName, UsageError
 from narrowcast.policy import Policy
 from small_training import X, Y, adam, one_step, sgd, small_model, train_step

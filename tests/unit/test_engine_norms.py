@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from small_training import (
     X,
     Y,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from narrowcast.errors import PrecisionError, UsageError
-from narrowcast.scaling import DynamicScale, StaticScale
+from narrowcast.scaling.scales import DynamicScale, StaticScale
 from small_training import (
     OVERFLOW,
     STEPS,

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
+from narrowcast.engine.lanes import Progress
 from narrowcast.errors import CheckpointError, UsageError
-from narrowcast.lanes import Progress
 from narrowcast.policy import POLICIES
-from narrowcast.scaling import DynamicScale
-from narrowcast.state_tree import pack, unpack
+from narrowcast.scaling.scales import DynamicScale
+from narrowcast.training.state_tree import pack, unpack
 from small_training import OVERFLOW, adam, is_equal, sgd, small_model, train_step
 
 

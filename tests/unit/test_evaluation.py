@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from narrowcast.errors import RecipeError
-from narrowcast.evaluation import evaluate_model
 from narrowcast.policy import policy_named
 from narrowcast.recipes.load import Recipe, load_recipe
+from narrowcast.training.evaluation import evaluate_model
 
 RECIPE = """
 from dataclasses import dataclass

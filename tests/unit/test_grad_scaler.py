@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from narrowcast.dropin.grad_scaler import GradScaler
 from narrowcast.errors import (
     PrecisionError,
     UnknownName,
     UnsupportedPrecision,
     UsageError,
 )
-from narrowcast.grad_scaler import GradScaler
-from narrowcast.scaling import DynamicScale, NoScale
-from narrowcast.skips import StepOutcome
+from narrowcast.scaling.scales import DynamicScale, NoScale
+from narrowcast.scaling.skips import StepOutcome
 from scaler_loop import INF, NAN, Loop
 
 

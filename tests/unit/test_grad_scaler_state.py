@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from narrowcast.dropin.grad_scaler import GradScaler
 from narrowcast.errors import (
     CheckpointError,
     PrecisionError,
     UsageError,
 )
-from narrowcast.grad_scaler import GradScaler
-from narrowcast.scaling import DynamicScale
+from narrowcast.scaling.scales import DynamicScale
 from scaler_loop import INF, NAN, Loop
 
 

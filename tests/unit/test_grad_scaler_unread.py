@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from narrowcast.dropin.grad_scaler import GradScaler
 from narrowcast.errors import (
     PrecisionError,
 )
-from narrowcast.grad_scaler import GradScaler
 from scaler_loop import INF, NAN, Loop
 
 

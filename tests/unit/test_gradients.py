@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from narrowcast import gradients
+from narrowcast.engine import gradients
 from narrowcast.errors import UsageError
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from narrowcast.interruption import Interruption
+from narrowcast.training.interruption import Interruption
 
 
 def test_the_first_signal_only_asks() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from narrowcast.loss_watch import LossWatch
+from narrowcast.scaling.loss_watch import LossWatch
 
 CPU = torch.device("cpu")
 

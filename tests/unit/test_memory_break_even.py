@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrowcast.break_even import Bracket, Sides, break_even_of, search
+from narrowcast.memory.break_even import Bracket, Sides, break_even_of, search
 from narrowcast.records.memory import CATEGORIES, MemoryLine, MemoryRecord
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import narrowcast.break_even
+import narrowcast.memory.break_even
 from narrowcast import profiling
 from narrowcast.errors import PrecisionError
 from narrowcast.policy import policy_named
@@ -212,7 +212,7 @@ def test_islands_in_fp32_are_islands_in_the_ledger_too(
     mlp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer that the policy keeps in fp32 has no low-precision copy."""
-    monkeypatch.setattr(narrowcast.break_even, "_LARGEST", 16)
+    monkeypatch.setattr(narrowcast.memory.break_even, "_LARGEST", 16)
     recipe: Recipe = load_recipe(mlp)
     policy = replace(policy_named("bf16"), keep_fp32=("2",))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from narrowcast.errors import PrecisionError
-from narrowcast.perturbation import perturb
+from narrowcast.training.perturbation import perturb
 
 Batch = tuple[Tensor, Tensor]
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from narrowcast.progress import Progress
 from narrowcast.records.run import Evaluation, StepPoint
+from narrowcast.training.progress import Progress
 
 
 def point(step: int, *, loss: float, seconds: float) -> StepPoint:

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comparisons import protocol
-from narrowcast.errors import ProtocolError, RunDirectoryError, UsageError
-from narrowcast.protocol import (
+from narrowcast.comparison.protocol import (
     PROTOCOL_FILE,
     derive_seeds,
     parse_margin,
@@ -22,6 +21,7 @@ from narrowcast.protocol import (
     read_protocol,
     write_down,
 )
+from narrowcast.errors import ProtocolError, RunDirectoryError, UsageError
 from narrowcast.records.comparison import Protocol
 
 

@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from narrowcast.errors import CheckpointError
-from narrowcast.randomness import isolated, random_state, restore_random_state, seed_everything
-from narrowcast.state_tree import pack, unpack
+from narrowcast.training.randomness import (
+    isolated,
+    random_state,
+    restore_random_state,
+    seed_everything,
+)
+from narrowcast.training.state_tree import pack, unpack
 
 
 def draw() -> tuple[float, float, float, float]:

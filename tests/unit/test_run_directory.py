@@ -13,7 +13,7 @@ import pytest
 
 from narrowcast.errors import CheckpointError, NarrowcastError, RunDirectoryError
 from narrowcast.records.run import Environment, Evaluation, RunRecord, StepPoint
-from narrowcast.run_directory import (
+from narrowcast.training.run_directory import (
     MetricsLog,
     RunDirectory,
     default_directory,
@@ -121,7 +121,7 @@ def test_a_new_directory_is_made_with_its_parents(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from narrowcast.run_directory import RunDirectory
+from narrowcast.training.run_directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).lock():
     print("locked", flush=True)
     time.sleep(60)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from narrowcast.errors import CheckpointError, UsageError
 from narrowcast.formats import float_format
-from narrowcast.scaling import (
+from narrowcast.scaling.scales import (
     DynamicScale,
     LossScale,
     NoScale,

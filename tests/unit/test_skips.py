@@ -11,7 +11,7 @@ from torch import nn
 
 from narrowcast.errors import PrecisionError
 from narrowcast.records.run import SkippedStep, SkipReason
-from narrowcast.skips import (
+from narrowcast.scaling.skips import (
     SkipLedger,
     SkipLimit,
     SkipRow,

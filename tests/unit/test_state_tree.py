@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrowcast.errors import CheckpointError
-from narrowcast.state_tree import leaves, pack, unpack
+from narrowcast.training.state_tree import leaves, pack, unpack
 
 DTYPES = [
     torch.float64,

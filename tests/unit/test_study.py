@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 
 from comparisons import protocol
+from narrowcast.comparison.protocol import PROTOCOL_FILE
+from narrowcast.comparison.study import COMPARISON_FILE, Assignment, RunBegins, RunEnds, carry_out
+from narrowcast.comparison.verdicts import judge
 from narrowcast.errors import (
     PrecisionError,
     ProtocolError,
@@ -22,13 +25,10 @@ from narrowcast.errors import (
     RunDirectoryError,
 )
 from narrowcast.policy import POLICIES
-from narrowcast.protocol import PROTOCOL_FILE
 from narrowcast.records.codec import loads
 from narrowcast.records.comparison import ComparisonRecord, Protocol
 from narrowcast.records.run import Evaluation, RunRecord
-from narrowcast.run_directory import RunDirectory
-from narrowcast.study import COMPARISON_FILE, Assignment, RunBegins, RunEnds, carry_out
-from narrowcast.verdicts import judge
+from narrowcast.training.run_directory import RunDirectory
 from trainings import ENVIRONMENT, FakeTrainer, no_harm
 
 SPEC = protocol(3, "fp16", "bf16", margin=0.5)
@@ -279,7 +279,7 @@ def test_two_comparisons_never_write_in_one_directory(tmp_path: Path) -> None:
     (The lock belongs to the process, so the holder is another Python.)
     """
     code = (
-        "import sys, pathlib; from narrowcast.run_directory import RunDirectory\n"
+        "import sys, pathlib; from narrowcast.training.run_directory import RunDirectory\n"
         f"with RunDirectory(pathlib.Path({str(tmp_path)!r})).lock():\n"
         "    print('held', flush=True); sys.stdin.read()"
     )

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from narrowcast import checkpoint
-from narrowcast.determinism import thread_count
 from narrowcast.errors import (
     CheckpointError,
     DataError,
@@ -24,13 +22,15 @@ from narrowcast.errors import (
     RunDirectoryError,
     UsageError,
 )
-from narrowcast.events import Ended, Event, Notice, Saved, Started
 from narrowcast.policy import Policy, policy_named
 from narrowcast.recipes.load import Recipe, load_recipe
 from narrowcast.records.run import Evaluation, RunRecord, StepPoint
-from narrowcast.run_directory import RunDirectory
-from narrowcast.state_tree import leaves
-from narrowcast.train import TrainOptions, train
+from narrowcast.training import checkpoint
+from narrowcast.training.determinism import thread_count
+from narrowcast.training.events import Ended, Event, Notice, Saved, Started
+from narrowcast.training.run_directory import RunDirectory
+from narrowcast.training.state_tree import leaves
+from narrowcast.training.train import TrainOptions, train
 
 SMALL = Path(__file__).parents[1] / "small_recipe.py"
 PRECISIONS = ["fp32", "fp16", "bf16", "bf16-true"]
@@ -366,7 +366,7 @@ def test_lost_metrics_are_found_on_resume(tmp_path: Path) -> None:
 def test_a_change_of_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another processor may round differently: the run goes on, and its record says so."""
     run(tmp_path / "run", stop_at=6)
-    monkeypatch.setattr("narrowcast.device._cpu_name", lambda: "Another CPU")
+    monkeypatch.setattr("narrowcast.precision.device._cpu_name", lambda: "Another CPU")
 
     record = run(tmp_path / "run", resume=True)
 

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from comparisons import arm, protocol
+from narrowcast.comparison.verdicts import judge, standard_deviation_of_difference
 from narrowcast.records.codec import dumps, loads
 from narrowcast.records.comparison import VerdictRecord
-from narrowcast.verdicts import judge, standard_deviation_of_difference
 
 REFERENCE = (10.0, 11.0, 12.0, 13.0, 14.0)
 NOISE = (0.10, -0.05, 0.02, -0.08, 0.04)

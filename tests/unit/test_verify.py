@@ -10,8 +10,8 @@ import torch
 from narrowcast.errors import NarrowcastError
 from narrowcast.policy import policy_named
 from narrowcast.records.verify import VerifyRecord
-from narrowcast.train import TrainOptions
-from narrowcast.verify import verify_resume
+from narrowcast.training.train import TrainOptions
+from narrowcast.training.verify import verify_resume
 
 SMALL = Path(__file__).parents[1] / "small_recipe.py"
 

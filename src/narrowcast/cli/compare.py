@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from narrowcast.compare import Plan
+    from narrowcast.comparison.compare import Plan
+    from narrowcast.comparison.study import ComparisonEvent
     from narrowcast.policy import AutocastRules, Policy
-    from narrowcast.study import ComparisonEvent
 
 __all__ = ["compare", "register"]
 
@@ -90,9 +90,9 @@ def compare(
 
     The protocol is hashed before the first step; the same command goes on after an interruption.
     """
-    from narrowcast.compare import compare as run
-    from narrowcast.compare import default_directory, plan_comparison
-    from narrowcast.device import device_at_hand
+    from narrowcast.comparison.compare import compare as run
+    from narrowcast.comparison.compare import default_directory, plan_comparison
+    from narrowcast.precision.device import device_at_hand
     from narrowcast.recipes.load import load_recipe
     from narrowcast.report.html import write_html
     from narrowcast.report.terminal import render_summary
@@ -122,7 +122,7 @@ def compare(
 
 def _policies(names: tuple[str, ...], device: torch.device, rules: str) -> list[Policy]:
     """Resolve the names that a user typed; `rules` hold for every precision that autocasts."""
-    from narrowcast.device import resolve_policy
+    from narrowcast.precision.device import resolve_policy
 
     if rules not in ("native", "cuda"):
         raise UnknownName.of("set of autocast rules", rules, ("native", "cuda"))
@@ -160,9 +160,9 @@ class _Watch:
         self.task: TaskID | None = None
 
     def __call__(self, event: ComparisonEvent) -> None:
-        from narrowcast.events import Notice, Started
+        from narrowcast.comparison.study import RunBegins, RunEnds
         from narrowcast.records.run import StepPoint
-        from narrowcast.study import RunBegins, RunEnds
+        from narrowcast.training.events import Notice, Started
 
         match event:
             case RunBegins():

@@ -31,7 +31,7 @@ def doctor(device: DeviceOption = None, json: JsonOption = None) -> None:
 
     Times a matrix product and a convolution's training step in fp32, tf32, fp16 and bf16.
     """
-    from narrowcast.device import device_at_hand, measure_device
+    from narrowcast.precision.device import device_at_hand, measure_device
 
     target = device_at_hand(device)
     with console().status("measuring matrix products and convolutions"):

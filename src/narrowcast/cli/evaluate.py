@@ -64,9 +64,9 @@ def evaluate(
             hint="narrowcast evaluate runs/... , or narrowcast evaluate RECIPE --weights FILE",
         )
     else:
-        from narrowcast.device import device_at_hand
-        from narrowcast.evaluation import evaluate_weights
+        from narrowcast.precision.device import device_at_hand
         from narrowcast.recipes.load import load_recipe
+        from narrowcast.training.evaluation import evaluate_weights
 
         place = device_at_hand(device)
         record = evaluate_weights(
@@ -86,13 +86,13 @@ def _of_run(
     """Evaluate a run as its record describes it; its newest checkpoint if it has not ended."""
     from dataclasses import replace
 
-    from narrowcast.checkpoint import checkpoints_in
-    from narrowcast.device import device_at_hand, require
-    from narrowcast.evaluation import evaluate_weights
     from narrowcast.policy import Policy
+    from narrowcast.precision.device import device_at_hand, require
     from narrowcast.recipes.load import load_recipe
     from narrowcast.records.codec import from_json
-    from narrowcast.run_directory import RunDirectory
+    from narrowcast.training.checkpoint import checkpoints_in
+    from narrowcast.training.evaluation import evaluate_weights
+    from narrowcast.training.run_directory import RunDirectory
 
     run = RunDirectory(directory)
     record = run.read_record()

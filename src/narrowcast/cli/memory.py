@@ -59,7 +59,7 @@ def memory(
     precisions that use autocast it also finds the batch size from which they hold less than fp32.
     """
     _require_empty(output)
-    from narrowcast.device import device_at_hand
+    from narrowcast.precision.device import device_at_hand
     from narrowcast.profiling import measure_recipe
     from narrowcast.recipes.load import load_recipe
 

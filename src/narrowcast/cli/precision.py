@@ -34,7 +34,7 @@ def chosen_policy(
     Raises UnknownName for a name or rules that do not exist, UnsupportedPrecision if the device
     cannot compute in it.
     """
-    from narrowcast.device import resolve_policy
+    from narrowcast.precision.device import resolve_policy
 
     policy, why = resolve_policy(name, device)
     if name == "auto":

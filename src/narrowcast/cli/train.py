@@ -33,8 +33,8 @@ from narrowcast.cli.precision import KeepOption, chosen_policy
 from narrowcast.units import format_duration
 
 if TYPE_CHECKING:
-    from narrowcast.events import Event, Started
     from narrowcast.records.run import Evaluation, RunRecord, StepPoint
+    from narrowcast.training.events import Event, Started
 
 __all__ = ["Watch", "register", "train", "watching"]
 
@@ -105,10 +105,10 @@ def train(
     json: JsonOption = None,
 ) -> None:
     """Train a recipe in one precision. Ctrl-C ends the run cleanly; --resume goes on exactly."""
-    from narrowcast.assembly import TrainOptions
-    from narrowcast.device import device_at_hand
+    from narrowcast.precision.device import device_at_hand
     from narrowcast.recipes.load import load_recipe
-    from narrowcast.train import train as run
+    from narrowcast.training.assembly import TrainOptions
+    from narrowcast.training.train import train as run
 
     options = TrainOptions(
         steps=steps,
@@ -141,7 +141,7 @@ def train(
 
 def _default_directory(stem: str, *, resume: bool) -> Path:
     """Choose a new directory under runs/, or the newest of this name to go on with."""
-    from narrowcast.run_directory import default_directory, latest_directory
+    from narrowcast.training.run_directory import default_directory, latest_directory
 
     latest = latest_directory(RUNS, stem) if resume else None
     return latest or default_directory(RUNS, stem)
@@ -151,7 +151,7 @@ def _finish(record: RunRecord, directory: Path, json: str | None) -> None:
     """Write the report, print the result, and end with 130 if the run was interrupted."""
     from narrowcast.report.html import write_html
     from narrowcast.report.terminal import render_summary
-    from narrowcast.run_directory import RunDirectory
+    from narrowcast.training.run_directory import RunDirectory
 
     place = RunDirectory(directory)
     points = [p for p in place.read_metrics() if p.kind == "step"]
@@ -183,8 +183,8 @@ class Watch:
         """Step and time since when the rate is measured: after the first, slow ones."""
 
     def __call__(self, event: Event) -> None:
-        from narrowcast.events import Notice, Started
         from narrowcast.records.run import Evaluation, StepPoint
+        from narrowcast.training.events import Notice, Started
 
         match event:
             case Started():

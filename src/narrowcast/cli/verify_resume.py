@@ -57,10 +57,10 @@ def verify_resume(
     """
     from pathlib import Path
 
-    from narrowcast.assembly import TrainOptions
     from narrowcast.cli.train import watching
-    from narrowcast.device import device_at_hand
-    from narrowcast.verify import verify_resume as verify
+    from narrowcast.precision.device import device_at_hand
+    from narrowcast.training.assembly import TrainOptions
+    from narrowcast.training.verify import verify_resume as verify
 
     place = device_at_hand(device)
     policy = chosen_policy(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
-from narrowcast.cast import numeric_settings, torch_dtype
 from narrowcast.policy import POLICIES
+from narrowcast.precision.cast import numeric_settings, torch_dtype
 
 __all__ = ["conv_training_seconds", "matmul_flops", "matmul_seconds"]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from narrowcast.errors import CheckpointError
 from narrowcast.files import replacing
-from narrowcast.state_tree import leaves, pack, unpack
+from narrowcast.training.state_tree import leaves, pack, unpack
 
 __all__ = [
     "FORMAT",

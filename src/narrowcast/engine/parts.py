@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from narrowcast.cast import torch_dtype
-from narrowcast.device import device_at_hand, require, resolve_policy
+from narrowcast.engine.lanes import Followers, Lane
 from narrowcast.errors import CheckpointError, UnknownName, UsageError
-from narrowcast.lanes import Followers, Lane
 from narrowcast.policy import Policy
+from narrowcast.precision.cast import torch_dtype
+from narrowcast.precision.device import device_at_hand, require, resolve_policy
 from narrowcast.records.codec import to_json
-from narrowcast.scaling import DynamicScale, LossScale, NoScale, StaticScale
-from narrowcast.skips import SkipLimit
+from narrowcast.scaling.scales import DynamicScale, LossScale, NoScale, StaticScale
+from narrowcast.scaling.skips import SkipLimit
 
 __all__ = [
     "ONLY",

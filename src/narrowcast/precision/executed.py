@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # the only way to see below autocast
 
-from narrowcast.cast import format_name
 from narrowcast.policy import Policy
+from narrowcast.precision.cast import format_name
 
 __all__ = ["ExecutedDtypes", "honoured"]
 

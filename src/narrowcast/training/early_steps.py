@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from narrowcast.engine import Engine
-from narrowcast.executed import ExecutedDtypes, honoured
+from narrowcast.engine.engine import Engine
 from narrowcast.memory.measure import MemoryLedger
+from narrowcast.precision.executed import ExecutedDtypes, honoured
 from narrowcast.records.run import RunRecord
 
 __all__ = ["DTYPES_AT", "MEMORY_AT", "EarlySteps", "PeakMemory"]

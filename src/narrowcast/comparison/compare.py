@@ -13,22 +13,22 @@ from pathlib import Path
 
 import torch
 
-from narrowcast.assembly import TrainOptions
-from narrowcast.checkpoint import checkpoints_in
+from narrowcast.comparison.protocol import derive_seeds, parse_margin, protocol_hash
+from narrowcast.comparison.study import Assignment, ComparisonObserver, Trainer, carry_out
 from narrowcast.data import evaluation_batches
-from narrowcast.device import environment, require
 from narrowcast.errors import UnknownName, UsageError
-from narrowcast.events import Event
 from narrowcast.policy import POLICIES, Policy
-from narrowcast.protocol import derive_seeds, parse_margin, protocol_hash
-from narrowcast.randomness import isolated
+from narrowcast.precision.device import environment, require
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.records.comparison import ComparisonRecord, Protocol
 from narrowcast.records.run import RunRecord
-from narrowcast.run_directory import RunDirectory
-from narrowcast.study import Assignment, ComparisonObserver, Trainer, carry_out
-from narrowcast.train import train
+from narrowcast.training.assembly import TrainOptions
+from narrowcast.training.checkpoint import checkpoints_in
+from narrowcast.training.events import Event
+from narrowcast.training.randomness import isolated
+from narrowcast.training.run_directory import RunDirectory
+from narrowcast.training.train import train
 
 __all__ = ["Plan", "compare", "default_directory", "plan_comparison"]
 

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from narrowcast import gradients
+from narrowcast.engine import gradients
 from narrowcast.errors import UsageError
 from narrowcast.records.run import SkipReason
-from narrowcast.scaling import (
+from narrowcast.scaling.scales import (
     DynamicScale,
     LossScale,
     NoScale,
     loss_scale_from_dict,
     loss_scale_to_dict,
 )
-from narrowcast.skips import SkipRow, nonfinite_parameters
+from narrowcast.scaling.skips import SkipRow, nonfinite_parameters
 
 __all__ = ["Followers", "Lane", "Progress", "StepReport"]
 

@@ -13,8 +13,8 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch.cuda.amp.common import amp_definitely_not_available
 
-from narrowcast.device import device_at_hand
 from narrowcast.errors import UnknownName, UnsupportedPrecision
+from narrowcast.precision.device import device_at_hand
 
 __all__ = ["autocast", "bind_positional", "require_amp_device"]
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.cast_lists import CPU_LISTS, CUDA_LISTS, CastLists
 from narrowcast.errors import UnknownName, UnsupportedPrecision
+from narrowcast.precision.cast_lists import CPU_LISTS, CUDA_LISTS, CastLists
 
 __all__ = ["CPU_LISTS", "CUDA_LISTS", "CastLists", "Rehearsal", "rehearse"]
 

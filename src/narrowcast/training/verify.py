@@ -25,19 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from narrowcast import checkpoint, errors
-from narrowcast.assembly import TrainOptions, steps_of
-from narrowcast.device import environment
+from narrowcast import errors
 from narrowcast.errors import NarrowcastError, RecipeError
-from narrowcast.events import Observer, ignore
 from narrowcast.policy import Policy
+from narrowcast.precision.device import environment
 from narrowcast.recipes.load import load_recipe, option_values
 from narrowcast.records.codec import from_json, to_json
 from narrowcast.records.run import StepPoint
 from narrowcast.records.verify import Difference, Verdict, VerifyRecord
-from narrowcast.run_directory import RunDirectory
-from narrowcast.state_tree import leaves
-from narrowcast.train import train
+from narrowcast.training import checkpoint
+from narrowcast.training.assembly import TrainOptions, steps_of
+from narrowcast.training.events import Observer, ignore
+from narrowcast.training.run_directory import RunDirectory
+from narrowcast.training.state_tree import leaves
+from narrowcast.training.train import train
 
 __all__ = ["resume_from_request", "verify_resume"]
 
@@ -168,7 +169,7 @@ def _how_they_differ(a: Any, b: Any) -> str:
 
 _CHILD = (
     "import json, sys; request = json.load(sys.stdin); sys.path[:] = request['path']; "
-    "from narrowcast.verify import resume_from_request; resume_from_request(request)"
+    "from narrowcast.training.verify import resume_from_request; resume_from_request(request)"
 )
 
 

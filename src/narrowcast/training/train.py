@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from narrowcast import checkpoint
-from narrowcast.assembly import Assembly, TrainOptions, assemble, identity_of, steps_of
-from narrowcast.determinism import deterministic, thread_count
-from narrowcast.device import environment, require
-from narrowcast.events import Observer, ignore
-from narrowcast.loop import Run
 from narrowcast.policy import Policy
-from narrowcast.randomness import isolated
+from narrowcast.precision.device import environment, require
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.records.run import RunRecord
-from narrowcast.run_directory import RunDirectory
+from narrowcast.training import checkpoint
+from narrowcast.training.assembly import Assembly, TrainOptions, assemble, identity_of, steps_of
+from narrowcast.training.determinism import deterministic, thread_count
+from narrowcast.training.events import Observer, ignore
+from narrowcast.training.loop import Run
+from narrowcast.training.randomness import isolated
+from narrowcast.training.run_directory import RunDirectory
 
 __all__ = ["TrainOptions", "train"]
 

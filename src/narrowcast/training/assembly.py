@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from narrowcast import __version__, checkpoint
-from narrowcast.cast import numeric_settings
+from narrowcast import __version__
 from narrowcast.data import BatchStream, evaluation_batches, to_device
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from narrowcast.errors import UsageError
-from narrowcast.perturbation import perturb
 from narrowcast.policy import POLICIES, Policy
-from narrowcast.randomness import seed_everything
+from narrowcast.precision.cast import numeric_settings
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
+from narrowcast.training import checkpoint
+from narrowcast.training.perturbation import perturb
+from narrowcast.training.randomness import seed_everything
 
 __all__ = ["Assembly", "TrainOptions", "assemble", "identity_of", "steps_of"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import PrecisionError
-from narrowcast.randomness import isolated
+from narrowcast.training.randomness import isolated
 
 __all__ = ["perturb"]
 

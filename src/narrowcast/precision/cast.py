@@ -19,9 +19,10 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from narrowcast.autocast_rules import Rehearsal, rehearse
 from narrowcast.errors import UnknownName, UsageError
-from narrowcast.islands import (
+from narrowcast.policy import Policy
+from narrowcast.precision.autocast_rules import Rehearsal, rehearse
+from narrowcast.precision.islands import (
     HOOKS,
     CastInputs,
     CastOutputs,
@@ -30,7 +31,6 @@ from narrowcast.islands import (
     restore_autocast,
     switch_autocast_off,
 )
-from narrowcast.policy import Policy
 
 __all__ = [
     "AutocastContext",

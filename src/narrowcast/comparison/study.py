@@ -18,18 +18,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from narrowcast.arms import Run, arm_record, losses_differ
+from narrowcast.comparison.arms import Run, arm_record, losses_differ
+from narrowcast.comparison.protocol import refuse_anything_else, write_down
+from narrowcast.comparison.untested import what_was_not_tested
+from narrowcast.comparison.verdicts import (
+    differences_per_seed,
+    judge,
+    standard_deviation_of_difference,
+)
 from narrowcast.errors import PrecisionError, ProtocolError
-from narrowcast.events import Event
 from narrowcast.files import write_atomically
 from narrowcast.policy import Policy
-from narrowcast.protocol import refuse_anything_else, write_down
 from narrowcast.records.codec import dumps
 from narrowcast.records.comparison import ComparisonRecord, ControlRecord, Protocol
 from narrowcast.records.run import Environment, RunRecord, StepPoint
-from narrowcast.run_directory import RunDirectory
-from narrowcast.untested import what_was_not_tested
-from narrowcast.verdicts import differences_per_seed, judge, standard_deviation_of_difference
+from narrowcast.training.events import Event
+from narrowcast.training.run_directory import RunDirectory
 
 __all__ = [
     "COMPARISON_FILE",

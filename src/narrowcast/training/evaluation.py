@@ -15,17 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from narrowcast.checkpoint import fingerprint, load_weights
 from narrowcast.data import evaluation_batches, to_device
-from narrowcast.determinism import deterministic
-from narrowcast.device import environment
-from narrowcast.engine import Engine
+from narrowcast.engine.engine import Engine
 from narrowcast.errors import CheckpointError, RecipeError
 from narrowcast.policy import Policy
-from narrowcast.randomness import isolated, seed_everything
+from narrowcast.precision.device import environment
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.evaluation import EvaluationRecord
 from narrowcast.records.run import Evaluation
+from narrowcast.training.checkpoint import fingerprint, load_weights
+from narrowcast.training.determinism import deterministic
+from narrowcast.training.randomness import isolated, seed_everything
 
 __all__ = ["evaluate_model", "evaluate_weights"]
 

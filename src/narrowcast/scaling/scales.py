@@ -8,7 +8,7 @@ halve it and skip the step when a gradient is not finite.
 
 The usual implementation has no floor, and one NaN that stays takes the scale to exactly 0 after 166
 steps; then 0 x inf writes NaN into the weights. Here the scale stays within [floor, ceiling], and a
-failure that no scale can cure leaves it alone and is counted instead (`narrowcast.skips`).
+failure that no scale can cure leaves it alone and is counted instead (`narrowcast.scaling.skips`).
 """
 
 from __future__ import annotations

@@ -28,13 +28,13 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 from torch.optim import Optimizer
 
-from narrowcast.amp import bind_positional, require_amp_device
-from narrowcast.device import device_at_hand
+from narrowcast.dropin.autocast import bind_positional, require_amp_device
 from narrowcast.errors import CheckpointError, UsageError
-from narrowcast.loss_watch import LossWatch
+from narrowcast.precision.device import device_at_hand
 from narrowcast.records.run import SkippedStep, SkipReason
-from narrowcast.scaling import DynamicScale, NoScale, sound_saved_scale
-from narrowcast.skips import (
+from narrowcast.scaling.loss_watch import LossWatch
+from narrowcast.scaling.scales import DynamicScale, NoScale, sound_saved_scale
+from narrowcast.scaling.skips import (
     SkipLedger,
     SkipLimit,
     SkipRow,

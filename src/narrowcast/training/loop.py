@@ -22,21 +22,21 @@ from typing import Any
 
 import torch
 
-from narrowcast import checkpoint
-from narrowcast.assembly import Assembly, TrainOptions, steps_of
 from narrowcast.data import to_device
-from narrowcast.device import environment, warnings_before_run
-from narrowcast.early_steps import EarlySteps, PeakMemory
-from narrowcast.engine import StepReport
+from narrowcast.engine.engine import StepReport
 from narrowcast.errors import NarrowcastError, PrecisionError, RunDirectoryError
-from narrowcast.evaluation import evaluate_model
-from narrowcast.events import Ended, Notice, Observer, Saved, Started
-from narrowcast.interruption import Interruption
-from narrowcast.progress import Progress
-from narrowcast.randomness import isolated, random_state, restore_random_state
+from narrowcast.precision.device import environment, warnings_before_run
 from narrowcast.records.codec import from_json, to_json
 from narrowcast.records.run import RunRecord, Status, StepPoint
-from narrowcast.run_directory import MetricsLog, RunDirectory
+from narrowcast.training import checkpoint
+from narrowcast.training.assembly import Assembly, TrainOptions, steps_of
+from narrowcast.training.early_steps import EarlySteps, PeakMemory
+from narrowcast.training.evaluation import evaluate_model
+from narrowcast.training.events import Ended, Notice, Observer, Saved, Started
+from narrowcast.training.interruption import Interruption
+from narrowcast.training.progress import Progress
+from narrowcast.training.randomness import isolated, random_state, restore_random_state
+from narrowcast.training.run_directory import MetricsLog, RunDirectory
 
 __all__ = ["Run"]
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from narrowcast import __version__, speed
+from narrowcast import __version__
 from narrowcast.errors import UnknownName, UnsupportedPrecision, UsageError
 from narrowcast.policy import POLICIES, Policy, policy_named
+from narrowcast.precision import speed
 from narrowcast.records.device import DeviceRecord, FormatSpeed
 from narrowcast.records.run import Environment
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from narrowcast.cast import numeric_settings, settings_hold
 from narrowcast.policy import Policy
+from narrowcast.precision.cast import numeric_settings, settings_hold
 
 __all__ = ["Surroundings"]
 

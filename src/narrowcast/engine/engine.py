@@ -32,15 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from narrowcast import gradients
-from narrowcast.cast import (
-    backward_context,
-    forward_context,
-    full_precision,
-    numeric_settings,
-    prepare_model,
-)
-from narrowcast.engine_parts import (
+from narrowcast.engine import gradients
+from narrowcast.engine.lanes import Lane, StepReport
+from narrowcast.engine.parts import (
     ONLY,
     AskedScale,
     build_lanes,
@@ -50,13 +44,19 @@ from narrowcast.engine_parts import (
     require_numbers,
     require_same_policy,
 )
+from narrowcast.engine.surroundings import Surroundings
 from narrowcast.errors import UnknownName, UsageError
-from narrowcast.lanes import Lane, StepReport
 from narrowcast.policy import POLICIES, Policy
+from narrowcast.precision.cast import (
+    backward_context,
+    forward_context,
+    full_precision,
+    numeric_settings,
+    prepare_model,
+)
 from narrowcast.records.codec import from_json, to_json
 from narrowcast.records.run import SkippedStep
-from narrowcast.skips import SkipLimit, SkipRow, stuck_error
-from narrowcast.surroundings import Surroundings
+from narrowcast.scaling.skips import SkipLimit, SkipRow, stuck_error
 
 __all__ = ["Engine", "StepReport"]
 

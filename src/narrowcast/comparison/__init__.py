@@ -1,0 +1,1 @@
+"""The same training in several precisions, and what may be said of the difference."""

@@ -1,0 +1,1 @@
+"""Drop-ins for `torch.amp`: an existing loop changes its import and nothing else."""

@@ -1,0 +1,1 @@
+"""How a precision is carried out on a device: casts, islands, rehearsal, what executed."""

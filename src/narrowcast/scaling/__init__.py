@@ -1,0 +1,1 @@
+"""The loss scale as a value, and what became of each step."""
