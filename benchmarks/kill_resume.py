@@ -1,6 +1,6 @@
 """kill -9 at random moments of a run, resume, and compare the final weights bit for bit.
 
-    python scripts/kill_resume.py [--precisions fp32,fp16,bf16,bf16-true] [--kills 20] [--json PATH]
+    python benchmarks/kill_resume.py [--precisions fp32,fp16,bf16,bf16-true] [--kills 20] [--record]
 
 Per precision: one run that nobody disturbs is the reference. Then runs are killed, each at a random
 moment between its start and its end (building, first checkpoint, steps, evaluations, the writing of
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from provenance import write_results
 
 from narrowcast.policy import policy_named
 from narrowcast.recipes.load import load_recipe
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--precisions", default="fp32,fp16,bf16,bf16-true")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a fork keeps one thread; a pool that was started would be lost
     # Loads, once for all children, the parts of torch that are only imported when they are used.
@@ -173,13 +173,8 @@ def main() -> None:
                 f"{min(at):>11} to {max(at):<4}{min(resumed):>11} to {max(resumed)}",
                 flush=True,
             )
-    if arguments.json:
-        rows = {
-            "torch": torch.__version__,
-            "options": asdict(OPTIONS),
-            "kills": [asdict(k) for k in kills],
-        }
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.record:
+        write_results("kill-resume", [asdict(k) for k in kills], options=asdict(OPTIONS))
     bad = [k for k in kills if k.outcome not in ("equal", "finished before")]
     for kill in bad:
         print(kill)
