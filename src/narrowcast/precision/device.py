@@ -341,7 +341,7 @@ def _memory_bytes(device: torch.device) -> int:
 @lru_cache(maxsize=1)
 def _commit() -> str:
     """Return the commit of the checkout that we run from; empty when installed without one."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return ""
     asked = subprocess.run(
