@@ -7,10 +7,10 @@ FAST   := not slow and not gpu and not browser
 
 .PHONY: demo test check gpu bench format clean
 
-# The same training in three precisions, on real data: some 3 minutes. Done twice, it is reused.
+# The same training in three precisions, on real data: some 2 minutes. Done twice, it is reused.
 demo: $(VENV)/.runtime
 	$(BIN)/narrowcast compare fashion --set model=vit --precisions fp32,fp16,bf16 \
-	    --seeds 5 --steps 150 --margin 0.02 --output runs/demo --json runs/demo.json
+	    --seeds 5 --steps 100 --margin 0.02 --output runs/demo --json runs/demo.json
 
 test: $(VENV)/.peers
 	$(BIN)/python -m ruff check .
