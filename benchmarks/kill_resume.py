@@ -73,7 +73,7 @@ def train_in_child(directory: Path, precision: str, *, resume: bool) -> int:
             resume=resume,
         )
         code = 0
-    except BaseException:  # noqa: BLE001 -- the parent sees the exit code
+    except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)

@@ -28,7 +28,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "bf16-true")
 
 
 def row(case: str, overrides: list[str], precision: str) -> dict[str, Any]:
-    recipe = load_recipe(case.split(",")[0], overrides)
+    recipe = load_recipe(case.split(",", maxsplit=1)[0], overrides)
     record = measure_recipe(recipe, policy_named(precision), torch.device("cpu"), cross_check=True)
     lines = {line.category: line.bytes for line in record.lines}
     assert sum(lines.values()) == record.total_peak_bytes
