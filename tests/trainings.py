@@ -8,7 +8,7 @@ from typing import Any
 
 from narrowcast.comparison.study import Assignment
 from narrowcast.errors import PrecisionError
-from narrowcast.records.codec import dumps
+from narrowcast.records.codec import dumps, to_json
 from narrowcast.records.run import Environment, Evaluation, RunRecord, StepPoint
 from narrowcast.training.run_directory import RunDirectory
 
@@ -57,12 +57,12 @@ class FakeTrainer:
         ]
         diverged = self.diverges(assignment)
         record = RunRecord(
-            **{  # type: ignore[arg-type]
+            **{
                 "recipe": "fake",
                 "recipe_path": "fake.py",
                 "options": {},
                 "precision": assignment.policy.name,
-                "policy": {},
+                "policy": to_json(assignment.policy),
                 "seed": assignment.seed,
                 "planned_steps": assignment.steps,
                 "completed_steps": assignment.steps,
@@ -84,7 +84,9 @@ class FakeTrainer:
         )
         home = RunDirectory(assignment.directory)
         home.write_record(record)
-        home.metrics_path.write_text("".join(dumps(p, indent=None) + "\n" for p in points))
+        home.metrics_path.write_text(
+            "".join(dumps(p, indent=None) + "\n" for p in (*points, *record.evaluations))
+        )
         for point in points:
             observe(point)
         if record.status == "failed":

@@ -30,9 +30,17 @@ _CLASS_PREFIX = "class:"
 
 
 def _as_pattern(entry: str | type) -> str:
-    """Turn a class into ``class:package.module.Name``; a glob stays as it is."""
+    """Turn a class into ``class:package.module.Name``; a glob stays as it is.
+
+    Raises UsageError for anything else, and for an empty name, which is that of the whole model.
+    """
     if isinstance(entry, type):
         return f"{_CLASS_PREFIX}{entry.__module__}.{entry.__qualname__}"
+    if not isinstance(entry, str) or not entry.strip():
+        raise UsageError(
+            f"{entry!r} names no module to keep in fp32",
+            hint="give a glob on module names, such as 'head' or 'blocks.*.norm', or a class",
+        )
     return entry
 
 

@@ -107,7 +107,7 @@ def test_default_directories_are_never_reused(narrowcast: Shell) -> None:
     assert sorted(p.name for p in Path("runs").iterdir()) == [
         "small_recipe-fp32-seed0", "small_recipe-fp32-seed0-2",
     ]  # fmt: skip
-    assert "runs/small_recipe-fp32-seed0-2: all 12 steps were taken already" in said.err
+    assert "runs/small_recipe-fp32-seed0-2 is finished: there is nothing left to do" in said.err
 
 
 def test_auto_says_what_it_chose_and_why(narrowcast: Shell) -> None:

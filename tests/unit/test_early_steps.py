@@ -1,4 +1,4 @@
-"""Executed dtypes and memory are measured on early steps of the real training, once."""
+"""Executed dtypes and memory are measured on a few steps of the real training."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ def test_a_run_of_any_length_is_measured(tmp_path: Path, steps: int) -> None:
 
     # Two linear layers: one product forward and one backward for the first, whose input needs no
     # gradient, and two backward for the second.
-    assert record.executed_dtypes["matmul"] == {"bf16": 5}
+    watched = 1 if steps <= 2 else 2  # the second and the last
+    assert record.executed_dtypes["matmul"] == {"bf16": 5 * watched}
     assert record.memory is not None
     assert sum(line.bytes for line in record.memory.lines) == record.peak_bytes
 
 
 def test_every_micro_batch_of_the_step_is_counted(tmp_path: Path) -> None:
-    """Three micro-batches execute three times the products."""
+    """Three micro-batches execute three times the products, on both steps that are watched."""
     record = run(tmp_path / "run", "bf16", accumulate=3)
 
-    assert record.executed_dtypes["matmul"] == {"bf16": 15}
+    assert record.executed_dtypes["matmul"] == {"bf16": 2 * 15}
 
 
 def test_the_ledger_knows_batch_and_optimizer(tmp_path: Path) -> None:
@@ -82,3 +83,31 @@ def test_measuring_can_be_left_out(tmp_path: Path) -> None:
     assert record.peak_bytes is None
     assert record.executed_dtypes == {}
     assert record.precision_honoured is None
+
+
+def test_a_precision_given_up_after_the_early_steps_is_not_honoured(tmp_path: Path) -> None:
+    """A model that switches autocast off from its fourth call on; the note names the last step."""
+    file = tmp_path / "tires.py"
+    text = SMALL.read_text()
+    old = "        return self.layers(x)\n"
+    assert old in text
+    file.write_text(
+        text.replace(
+            old,
+            "        with torch.autocast('cpu', enabled=self.seen < 4, dtype=torch.bfloat16):\n"
+            "            return self.layers(x)\n",
+        )
+    )
+
+    record = train(
+        load_recipe(file),
+        policy_named("bf16"),
+        TrainOptions(steps=6),
+        tmp_path / "run",
+        device=torch.device("cpu"),
+    )
+
+    assert record.executed_dtypes["matmul"] == {"bf16": 5, "fp32": 5}
+    assert record.precision_honoured is False
+    assert record.precision_notes[0].startswith("on step 6: 5 of 5 matmul calls executed in fp32")
+    assert any("was not carried out" in text for text in record.warnings)

@@ -237,6 +237,11 @@ def _several(**options: Any) -> Callable[[], None]:
     return build
 
 
+def _policy_none() -> None:
+    model = small_model()
+    Engine(model, sgd(model), None)  # type: ignore[arg-type]
+
+
 LR = torch.optim.lr_scheduler
 
 
@@ -249,6 +254,8 @@ LR = torch.optim.lr_scheduler
         (_options(accumulate=2.0), "accumulate=2.0"),
         (_options(clip_norm=0.0), r"clip_norm=0\.0"),
         (_options(clip_norm=float("nan")), "clip_norm=nan"),
+        (_options(clip_norm="1"), "clip_norm='1'"),
+        (_options(clip_norm=True), "clip_norm=True"),
         (_options(scale="dynamic"), "'dynamic' is not a loss scale"),
         (_options(scale=0.0), r"loss scale 0\.0"),
         (_options(max_consecutive_skips=0), "max_consecutive_skips=0"),
@@ -259,6 +266,8 @@ LR = torch.optim.lr_scheduler
         (_scheduler(LR.StepLR, own=False, step_size=1), "another optimizer"),
         (_several(scheduler=lambda: None), "several optimizers"),
         (lambda: Engine(small_model(), {}, "fp32"), "empty mapping"),
+        (_policy_none, "the policy is None, a NoneType"),
+        (lambda: Engine("model", sgd(small_model()), "fp32"), "the model is 'model', a str"),  # type: ignore[arg-type]
         (lambda: Engine(small_model(), "adam", "fp32"), "not a torch.optim.Optimizer"),  # type: ignore[arg-type]
     ],
 )
@@ -318,3 +327,48 @@ def test_sparse_bf16_gradients_cannot_be_summed_and_say_so() -> None:
         report = engine.step()
 
     assert report.applied
+
+
+def test_a_second_engine_of_another_policy_is_refused() -> None:
+    """It would take the first one's casts away; the first works on as before."""
+    engine, _ = one_step("bf16-true")
+
+    with pytest.raises(UsageError, match="belongs to an engine with policy 'bf16-true'") as caught:
+        Engine(engine.model, sgd(engine.model), "fp32")
+
+    assert caught.value.hint
+    assert train_step(engine, 1).applied
+
+
+def test_a_second_engine_of_the_same_policy_is_an_engine() -> None:
+    """A notebook cell that is run again makes the same preparation again."""
+    first, _ = one_step("bf16")
+
+    second = Engine(first.model, sgd(first.model), "bf16")
+
+    assert train_step(second, 1).applied
+
+
+def test_a_model_whose_engine_is_gone_is_free() -> None:
+    """Also while the dropped engine's cycle waits for the garbage collector."""
+    engine, _ = one_step("bf16")
+    model = engine.model
+    del engine
+
+    second = Engine(model, sgd(model), "fp32")
+
+    assert train_step(second, 1).applied
+
+
+def test_a_step_whose_scheduler_raises_was_applied() -> None:
+    """The weights have moved, and the count says so."""
+    model = small_model()
+    optimizer = sgd(model)
+    schedule = LR.OneCycleLR(optimizer, 0.1, total_steps=1)
+    engine = Engine(model, optimizer, "fp32", scheduler=schedule)
+    train_step(engine, 0)
+
+    with pytest.raises(ValueError, match="total"):
+        train_step(engine, 1)
+
+    assert (engine.tried_steps(), engine.applied_steps()) == (2, 2)

@@ -104,6 +104,10 @@ def test_an_unknown_device_is_an_error() -> None:
         ({"hysteresis": 0}, UsageError),
         ({"window_overflows": -1}, UsageError),
         ({"growth_interval": 0}, UsageError),
+        ({"max_consecutive_skips": 0}, UsageError),
+        ({"max_consecutive_skips": -1}, UsageError),
+        ({"max_consecutive_skips": "x"}, UsageError),
+        ({"max_consecutive_skips": 1.5}, UsageError),
     ],
     ids=str,
 )

@@ -537,3 +537,15 @@ def test_an_old_tensor_that_is_saved_for_backward_is_still_only_read() -> None:
     held = lines(ledger.record())
 
     assert held["unattributed"] == 0
+
+
+def test_a_ledger_inside_another_is_refused() -> None:
+    """Each would count the other's work; afterwards the outer one reports, and a next one opens."""
+    with MemoryLedger() as outer:
+        with pytest.raises(UsageError, match="inside another one"):
+            MemoryLedger().__enter__()
+        torch.ones(8)
+    with MemoryLedger() as following:
+        torch.ones(8)
+
+    assert outer.record().total_peak_bytes == following.record().total_peak_bytes

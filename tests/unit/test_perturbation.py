@@ -1,4 +1,4 @@
-"""A control run starts one unit in the last place away, and provably elsewhere."""
+"""A control run starts a few units in the last place away, and provably elsewhere."""
 
 from __future__ import annotations
 
@@ -38,20 +38,47 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_one_weight_moves_by_one_ulp(seed: int) -> None:
-    """Its neighbour above, no other weight, and not one that meets a constant 0."""
+def test_the_first_loss_provably_differs(seed: int) -> None:
+    """What moved is as small as does that, and the loss of the first batch is another number."""
     torch.manual_seed(seed)
     model, batch = a_model(), a_batch()
-    before = {n: t.clone() for n, t in model.state_dict().items()}
+    before = loss(model, batch).item()
 
     what = perturb(model, loss, batch, seed=0)
 
-    ((name, places),) = changed(model, before).items()
-    (place,) = (tuple(p.tolist()) for p in places)
-    assert what == f"{name}{list(place)} moved by one unit in the last place"
-    old = before[name][place]
-    assert model.state_dict()[name][place] == torch.nextafter(old, torch.tensor(torch.inf))
-    assert not (name == "0.weight" and place[1] < 3)
+    assert "moved by" in what
+    assert "but not the first loss" not in what
+    assert loss(model, batch).item() != before
+
+
+def test_one_weight_moves_by_one_ulp_where_that_is_enough() -> None:
+    """A loss that is the weight itself: its neighbour above, and no other weight."""
+    model = nn.Linear(3, 1, bias=False)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+
+    what = perturb(model, lambda m, _: next(m.parameters())[0, 1] * 1.0, None, seed=0)
+
+    assert what == "weight[0, 1] moved by one unit in the last place"
+    assert changed(model, before)["weight"].tolist() == [[0, 1]]
+    old = before["weight"][0, 1]
+    assert model.state_dict()["weight"][0, 1] == torch.nextafter(old, torch.tensor(torch.inf))
+
+
+def test_a_loss_that_never_shows_it_is_said() -> None:
+    """Rounded losses with gradients that do change: the largest step, and words that say so."""
+    model = nn.Linear(4, 1, bias=False)
+
+    def rounded(model: nn.Module, batch: Tensor) -> Tensor:
+        # The value is 1 whatever the weights; the gradient is that of the square.
+        exact: Tensor = model(batch).square().sum()
+        return exact - exact.detach() + 1
+
+    what = perturb(model, rounded, torch.randn(1, 4), seed=0)
+
+    assert what == (
+        "every weight moved by 64 units in the last place, which changes gradients but not the "
+        "first loss"
+    )
 
 
 def test_nothing_else_of_the_run_is_touched() -> None:
@@ -96,7 +123,7 @@ def test_a_loss_without_weights_is_an_error() -> None:
     def constant(model: nn.Module, batch: Tensor) -> Tensor:
         return (model(batch) * 0).sum()
 
-    with pytest.raises(PrecisionError, match="changes no gradient"):
+    with pytest.raises(PrecisionError, match="neither the loss nor a gradient"):
         perturb(model, constant, torch.ones(1, 2), seed=0)
 
     assert changed(model, before) == {}

@@ -30,7 +30,13 @@ CASES = [
 
 def test_every_built_in_recipe_has_its_file_and_sentence() -> None:
     """The list that needs no torch and the files agree."""
-    files = {p.stem for p in HOME.glob("*.py")} - {"__init__", "load", "options", "recipe"}
+    files = {p.stem for p in HOME.glob("*.py")} - {
+        "__init__",
+        "imported",
+        "load",
+        "options",
+        "recipe",
+    }
 
     assert {name for name in files if not name.startswith("starter_")} == set(BUILTIN)
     assert [d.name for d in builtin_recipes()] == list(BUILTIN)
@@ -39,7 +45,7 @@ def test_every_built_in_recipe_has_its_file_and_sentence() -> None:
 @pytest.mark.parametrize("path", sorted(HOME.glob("*.py")), ids=lambda p: p.name)
 def test_a_built_in_recipe_knows_nothing_of_us(path: Path) -> None:
     """Recipes and starters import no narrowcast, so that a user's file can be the same."""
-    if path.stem in ("__init__", "load", "options", "recipe"):
+    if path.stem in ("__init__", "imported", "load", "options", "recipe"):
         return
     imported = {
         name.split(".")[0]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
@@ -56,18 +60,68 @@ def _root(
 
 def main() -> NoReturn:
     """Run the command line; the exit codes are those of ``narrowcast.errors``, 130 for Ctrl-C."""
+    with _noting_interrupts() as interrupts:
+        try:
+            app(standalone_mode=True)
+        except SystemExit as leaving:
+            if not _came_from_interrupt(leaving):
+                raise  # a verb that was interrupted in its own way has said so
+            _stop()
+        except BaseException as error:  # noqa: BLE001 -- what is not ours is raised again
+            # An import that Ctrl-C breaks off may go on to raise anything, in our place.
+            if interrupts or isinstance(error, KeyboardInterrupt):
+                _stop()
+            _leave_by(error)
+    sys.exit(0)
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Hand out a list that grows with every Ctrl-C, which raises KeyboardInterrupt as always."""
+    seen: list[int] = []
+
+    def note(number: int, _: object) -> NoReturn:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, note)
     try:
-        app(standalone_mode=True)
-    except NarrowcastError as error:
+        yield seen
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _came_from_interrupt(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C is what made this error, and nobody took it up (``from None``)."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def _stop() -> NoReturn:
+    if sys.stderr is not None:
+        sys.stderr.write("stopped\n")
+    sys.exit(130)
+
+
+def _leave_by(error: BaseException) -> NoReturn:
+    """Exit as an error asks for; one that is not ours goes on, with its traceback."""
+    if isinstance(error, NarrowcastError):
         _print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # The reader of our output (head, less) has left; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    sys.exit(0)
+    raise error
 
 
 def _print_error(error: NarrowcastError) -> None:

@@ -1,16 +1,14 @@
-"""What the verbs share: the console on stderr, the JSON writer, and the options they all take."""
+"""What the verbs share: the console on stderr, and the options they all take."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from narrowcast.files import write_atomically
-from narrowcast.records.codec import dumps
+from narrowcast.cli.json_target import emit_json, prepare_json
 
 __all__ = [
     "AutocastRulesOption",
@@ -60,28 +58,18 @@ OutputOption = Annotated[
 ]
 JsonOption = Annotated[
     str | None,
-    typer.Option("--json", metavar="PATH|-", help="Also write the record as JSON; - is stdout."),
+    typer.Option(
+        "--json",
+        metavar="PATH|-",
+        help="Also write the record as JSON; - is stdout.",
+        callback=prepare_json,
+    ),
 ]
 
 
 def console() -> Console:
     """Return a console on stderr, so that stdout stays free for ``--json -``."""
     return Console(stderr=True)
-
-
-def emit_json(record: Any, target: str | None) -> None:
-    """Write a record as JSON to stdout (``-``), to a file (whole or not at all), or nowhere (None).
-
-    Raises RunDirectoryError if the file cannot be written.
-    """
-    if target is None:
-        return
-    text = dumps(record) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        return
-    write_atomically(Path(target), text)
 
 
 def split_names(text: str) -> tuple[str, ...]:

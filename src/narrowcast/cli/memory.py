@@ -80,7 +80,7 @@ def memory(
 
 
 def _require_empty(output: Path | None) -> None:
-    if output is not None and output.exists() and (output.is_file() or any(output.iterdir())):
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunDirectoryError(
             f"{output} exists and is not an empty directory", hint="choose another --output"
         )
@@ -89,9 +89,11 @@ def _require_empty(output: Path | None) -> None:
 def _write(record: MemoryRecord, output: Path | None) -> None:
     if output is None:
         return
+    from narrowcast.files import write_atomically
+    from narrowcast.records.codec import dumps
     from narrowcast.report.html import write_html
 
-    emit_json(record, str(output / "memory.json"))
+    write_atomically(output / "memory.json", dumps(record) + "\n")
     write_html(record, output / "report.html")
 
 

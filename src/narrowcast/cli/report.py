@@ -37,13 +37,15 @@ def report(
     json: JsonOption = None,
 ) -> None:
     """Render a report again: to the terminal, and as one HTML file that needs no network."""
-    from narrowcast.report.html import write_html
+    from narrowcast.files import require_replaceable
+    from narrowcast.report.html import is_report, write_html_for_user
     from narrowcast.report.sources import read_source
     from narrowcast.report.terminal import render_terminal
 
     found = read_source(source)
     target = output or found.report_path
-    write_html(found.record, target, points=found.points)
+    require_replaceable(target, is_report)
+    write_html_for_user(found.record, target, points=found.points)
     # The report itself is what was asked for, so it goes to stdout unless JSON is to stand there.
     shown = console() if json == "-" else Console()
     render_terminal(found.record, shown, points=found.points)

@@ -85,7 +85,7 @@ def arm_record(
         final_losses=tuple(run.record.final_loss for run in runs),
         diverged=tuple(run.record.seed for run in runs if value_of(run, metric) is None),
         failures=tuple(
-            f"seed {run.record.seed}: {run.record.failure or f'{metric} is not a number'}"
+            f"seed {run.record.seed}: {_failure(run.record, metric)}"
             for run in runs
             if value_of(run, metric) is None
         ),
@@ -118,6 +118,13 @@ def _final_evaluation(run: Run, precision: str) -> Evaluation | None:
         return None
     made = [e for e in run.record.evaluations if e.precision == precision]
     return made[-1] if made and made[-1].step == run.record.completed_steps else None
+
+
+def _failure(record: RunRecord, metric: str) -> str:
+    if record.failure_kind == "RecipeError":
+        at = min(record.completed_steps + 1, record.planned_steps)
+        return f"raised at step {at}: {record.failure}"
+    return record.failure or f"{metric} is not a number"
 
 
 def _mean(values: Values) -> float | None:

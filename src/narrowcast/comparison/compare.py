@@ -16,14 +16,14 @@ import torch
 from narrowcast.comparison.protocol import derive_seeds, parse_margin, protocol_hash
 from narrowcast.comparison.study import Assignment, ComparisonObserver, Trainer, carry_out
 from narrowcast.data import evaluation_batches
-from narrowcast.errors import UnknownName, UsageError
+from narrowcast.errors import RecipeError, UnknownName, UsageError
 from narrowcast.policy import POLICIES, Policy
 from narrowcast.precision.device import environment, require
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.records.comparison import ComparisonRecord, Protocol
 from narrowcast.records.run import RunRecord
-from narrowcast.training.assembly import TrainOptions
+from narrowcast.training.assembly import TrainOptions, data_digest
 from narrowcast.training.checkpoint import checkpoints_in
 from narrowcast.training.events import Event
 from narrowcast.training.randomness import isolated
@@ -37,7 +37,7 @@ REFERENCE = POLICIES["fp32"]
 CONFIDENCE = 0.95
 # A crash loses at most this many steps of the run under way, or a tenth of it.
 _STEPS_WORTH_SAVING = 200
-_PERTURBATION = "fp32 with weights moved by one unit in the last place"
+_PERTURBATION = "fp32 with weights moved by as few units in the last place as change the first loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ def plan_comparison(
         raise UsageError(f"{steps} steps make no training", hint="take 1 step or more")
     amount, kind = parse_margin(margin)
     chosen = _metric(recipe, metric)
+    drawn = derive_seeds(recipe.name, seeds)
     protocol = Protocol(
         recipe=recipe.name,
         options=option_values(recipe),
@@ -87,7 +88,7 @@ def plan_comparison(
         margin_text=margin or "",
         margin_kind=kind,
         steps=steps or recipe.steps,
-        seeds=derive_seeds(recipe.name, seeds),
+        seeds=drawn,
         reference=REFERENCE.name,
         arms=tuple(policy.name for policy in arms),
         control=_PERTURBATION,
@@ -95,7 +96,11 @@ def plan_comparison(
         confidence=CONFIDENCE,
         device=str(device),
         policies={policy.name: to_json(policy) for policy in arms},
-        training={"batch_size": recipe.batch_size, "optimizer": recipe.optimizer_choice[0]},
+        training={
+            "batch_size": recipe.batch_size,
+            "optimizer": recipe.optimizer_choice[0],
+            "data": _data(recipe, drawn[0]),
+        },
         recipe_digest=recipe.source_hash,
     )
     return Plan(
@@ -163,6 +168,18 @@ def _metric(recipe: Recipe, asked: str | None) -> str:
     if asked not in (*names, "loss"):
         raise UnknownName.of("metric", asked, {*names, "loss"})
     return asked
+
+
+def _data(recipe: Recipe, seed: int) -> str:
+    """Return the hash of the data's first batches, after seeing that they can be had twice."""
+    first, again = (data_digest(recipe, seed) for _ in range(2))
+    if first != again:
+        raise RecipeError(
+            f"{recipe.path.name}: data(options) gives other data each time it is called",
+            hint="draw from torch's, numpy's or Python's global generators, which are seeded, or "
+            "from a generator with a fixed seed",
+        )
+    return first
 
 
 def _trainer(plan: Plan) -> Trainer:

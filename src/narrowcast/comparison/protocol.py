@@ -15,7 +15,7 @@ from pathlib import Path
 
 from narrowcast.errors import ProtocolError, RunDirectoryError, UsageError
 from narrowcast.files import write_atomically
-from narrowcast.records.codec import digest, dumps, loads, to_json
+from narrowcast.records.codec import RecordError, digest, dumps, loads, to_json
 from narrowcast.records.comparison import MarginKind, Protocol
 
 __all__ = [
@@ -77,7 +77,7 @@ def protocol_hash(protocol: Protocol) -> str:
 
 
 def read_protocol(directory: Path) -> Protocol:
-    """Read protocol.json; raises ProtocolError if its content is not what its hash says."""
+    """Read protocol.json; raises ProtocolError if damaged or not what its hash says."""
     path = directory / PROTOCOL_FILE
     try:
         text = path.read_text()
@@ -86,7 +86,12 @@ def read_protocol(directory: Path) -> Protocol:
             f"{directory} holds no comparison: {path.name} cannot be read ({error.strerror})",
             hint="give the directory of a comparison, such as runs/compare-fashion-1a2b3c4d",
         ) from None
-    protocol = loads(Protocol, text)
+    except ValueError:
+        raise _damaged(path, "it is not text") from None
+    try:
+        protocol = loads(Protocol, text)
+    except RecordError as error:
+        raise _damaged(path, error.message) from None
     found = protocol_hash(protocol)
     if found != protocol.hash:
         raise ProtocolError(
@@ -95,6 +100,13 @@ def read_protocol(directory: Path) -> Protocol:
             hint="restore the file, or begin a new comparison with another --output",
         )
     return protocol
+
+
+def _damaged(path: Path, what: str) -> ProtocolError:
+    return ProtocolError(
+        f"{path} is not a protocol: {what}",
+        hint="restore the file, or begin a new comparison with another --output",
+    )
 
 
 def write_down(directory: Path, wanted: Protocol, *, now: str) -> Protocol:

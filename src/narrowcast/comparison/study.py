@@ -19,6 +19,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from narrowcast.comparison.arms import Run, arm_record, losses_differ
+from narrowcast.comparison.checks import (
+    Assignment,
+    check_is_asked,
+    check_started_alike,
+    read_points,
+)
 from narrowcast.comparison.protocol import refuse_anything_else, write_down
 from narrowcast.comparison.untested import what_was_not_tested
 from narrowcast.comparison.verdicts import (
@@ -26,7 +32,7 @@ from narrowcast.comparison.verdicts import (
     judge,
     standard_deviation_of_difference,
 )
-from narrowcast.errors import PrecisionError, ProtocolError
+from narrowcast.errors import PrecisionError, RecipeError
 from narrowcast.files import write_atomically
 from narrowcast.policy import Policy
 from narrowcast.records.codec import dumps
@@ -49,19 +55,6 @@ __all__ = [
 ]
 
 COMPARISON_FILE = "comparison.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """One training that the protocol asks for."""
-
-    arm: str
-    """The precision, or the control's name; also the name of its folder."""
-    policy: Policy
-    seed: int
-    steps: int
-    perturb: bool
-    directory: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,97 +150,72 @@ def _run_all(
     runs: dict[str, list[Run]] = {a.arm: [] for a in work}
     for index, assignment in enumerate(work, start=1):
         observe(RunBegins(assignment=assignment, index=index, total=len(work)))
-        record = _ended_before(assignment)
+        is_reference = assignment.arm == protocol.reference
+        stands = not is_reference and runs[protocol.reference][-1].record.status == "finished"
+        record = _ended_before(assignment, fp32_stands=stands)
         reused = record is not None
         if record is None:
-            record = _train_one(assignment, train, observe)
-        _check_is_asked(record, assignment, protocol)
-        steps = RunDirectory(assignment.directory).read_metrics()
+            record = _train_one(assignment, train, observe, fp32_stands=stands)
+        check_is_asked(record, assignment, protocol)
+        points = read_points(record, assignment)
         run = Run(
             record=record,
-            steps=tuple(p for p in steps if isinstance(p, StepPoint)),
+            steps=tuple(p for p in points if isinstance(p, StepPoint)),
             directory=assignment.directory.relative_to(directory).as_posix(),
         )
         runs[assignment.arm].append(run)
         first = runs[protocol.reference][-1]
-        _check_started_alike(run, first, assignment)
+        check_started_alike(run, first, assignment)
         observe(RunEnds(assignment=assignment, record=record, reused=reused))
     return runs
 
 
-def _ended_before(assignment: Assignment) -> RunRecord | None:
+def _ended_before(assignment: Assignment, *, fp32_stands: bool) -> RunRecord | None:
     """Return the run that an earlier call of this comparison ended here, if there is one.
 
-    A run whose numbers broke has ended: it gets no second chance. One that failed for a full disk
-    or a mistake in the recipe has not.
+    A run whose numbers broke has ended: it gets no second chance. One that failed for a full disk,
+    or a mistake in the recipe that fp32 meets too, has not.
     """
     home = RunDirectory(assignment.directory)
     if not home.holds_a_run():
         return None
     record = home.read_record()
-    diverged = record.status == "failed" and record.failure_kind == PrecisionError.__name__
-    return record if record.status == "finished" or diverged else None
+    ended = record.status == "finished" or _is_a_result(record, fp32_stands=fp32_stands)
+    return record if ended else None
 
 
-def _train_one(assignment: Assignment, train: Trainer, observe: ComparisonObserver) -> RunRecord:
-    """Train, and take a failure of the numbers for the result that it is."""
+def _is_a_result(record: RunRecord, *, fp32_stands: bool) -> bool:
+    """Whether this failure tells something of the arm, and not of the machine or the recipe.
+
+    Too little memory is raised in the recipe's code too, and is no matter of its numbers.
+    """
+    if record.status != "failed":
+        return False
+    if record.failure_kind == PrecisionError.__name__:
+        return True
+    out_of_memory = "raised OutOfMemoryError" in record.failure
+    return record.failure_kind == RecipeError.__name__ and fp32_stands and not out_of_memory
+
+
+def _train_one(
+    assignment: Assignment, train: Trainer, observe: ComparisonObserver, *, fp32_stands: bool
+) -> RunRecord:
+    """Train, and take a failure of the numbers for the result that it is.
+
+    So is what the recipe raises, once fp32 has finished on the same seed.
+    """
     try:
         record = train(assignment, observe)
-    except PrecisionError:
+    except (PrecisionError, RecipeError):
         home = RunDirectory(assignment.directory)
         if not home.holds_a_run():
             raise  # before the first step: there is no training that could have diverged
         record = home.read_record()
+        if not _is_a_result(record, fp32_stands=fp32_stands):
+            raise
     if record.status == "interrupted":
         raise KeyboardInterrupt
     return record
-
-
-def _check_is_asked(record: RunRecord, assignment: Assignment, protocol: Protocol) -> None:
-    """Raise ProtocolError unless the run is the one that the protocol asks for."""
-    asked = {
-        "precision": assignment.policy.name,
-        "seed": assignment.seed,
-        "planned_steps": assignment.steps,
-        "options": protocol.options,
-    }
-    wrong = [
-        f"{name} is {getattr(record, name)!r}, {value!r} asked"
-        for name, value in asked.items()
-        if getattr(record, name) != value
-    ]
-    if wrong:
-        raise ProtocolError(
-            f"{assignment.directory} holds a run that the protocol does not ask for: "
-            f"{'; '.join(wrong):.400}",
-            hint="it was replaced or edited; remove that directory, and it will be run again",
-        )
-
-
-def _check_started_alike(run: Run, reference: Run, assignment: Assignment) -> None:
-    """Raise ProtocolError unless the run began and went on as fp32 did on the same seed.
-
-    The control's weights are other ones by design. The data order can be compared only where both
-    runs took the same number of steps; a run that failed took fewer.
-    """
-    ours, theirs = run.record, reference.record
-    same_length = ours.completed_steps == theirs.completed_steps
-    for what, mine, other, comparable in (
-        (
-            "initial fp32 weights",
-            ours.initial_weights_hash,
-            theirs.initial_weights_hash,
-            not assignment.perturb,
-        ),
-        ("order of samples", ours.data_order_hash, theirs.data_order_hash, same_length),
-    ):
-        if comparable and mine != other:
-            raise ProtocolError(
-                f"{assignment.arm} did not have the same {what} as {theirs.precision} on seed "
-                f"{assignment.seed}: {mine[:12]} and {other[:12]}",
-                hint="make the recipe draw all randomness from torch's, numpy's or Python's global "
-                "generators, which are seeded, and from nothing else",
-            )
 
 
 def _record(

@@ -9,11 +9,11 @@ Because it reads nothing but records, the verdicts of a finished comparison can 
     EQUIVALENT               both one-sided tests reject: -margin < harm < margin
     NON-INFERIOR             the one-sided 95 % bound of the harm is below the margin
     WORSE                    the interval lies above 0 and the estimate beyond the margin
-    INCONCLUSIVE             anything else: the data do not decide
+    INCONCLUSIVE             anything else: the data do not decide, or are of another precision
     NO MARGIN                none was fixed beforehand: the smallest supportable one, no verdict
 
-Reassuring words (EQUIVALENT, NON-INFERIOR) must survive Holm's correction over the arms. WORSE need
-not: an alarm should not grow quieter because more arms were compared.
+Reassuring words (EQUIVALENT, NON-INFERIOR) take three seeds and must survive Holm's correction over
+the arms. WORSE need not: an alarm should not grow quieter because more arms were compared.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ from narrowcast.records.comparison import ArmRecord, Protocol, Verdict, VerdictR
 from narrowcast.stats import Spread
 
 __all__ = ["differences_per_seed", "judge", "standard_deviation_of_difference"]
+
+# The kinds of operation that a precision is about, as precision.executed counts them.
+_HEAVY = ("matmul", "conv", "attention", "rnn")
+
+# Two differences say next to nothing of how they are distributed, and t rests on that.
+_FEWEST_SEEDS = 3
 
 Differences = tuple[float | None, ...]
 Pairs = Sequence[tuple[float, float]]
@@ -191,7 +197,7 @@ def _examine_values(
     difference = statistics.fmean(c - r for r, c in pairs)
     record = replace(record, difference=difference)
     if len(pairs) == 1:
-        why = "no failure seen in one run, which is not evidence of equality: take 2 seeds or more"
+        why = "no failure seen in one run, which is not evidence of equality: take 3 seeds or more"
         return _Case(arm=arm, record=record, settled=(_undecided(protocol), why))
     estimate = stats.estimate_difference(pairs, relative_margin=_relative_margin(protocol))
     identical = len(arm.same_as_reference) == len(pairs) and all(arm.same_as_reference)
@@ -246,6 +252,9 @@ def _conclude(case: _Case, protocol: Protocol, joint: _Joint) -> VerdictRecord:
     record, margin = case.record, case.record.margin
     if case.settled:
         return _said(case, record, *case.settled)
+    elsewhere = _not_executed(protocol, case.arm)
+    if elsewhere:
+        return replace(record, verdict=_undecided(protocol), why=elsewhere)
     record = replace(record, smallest_margin=max(0.0, joint.smallest_margin))
     if margin is None:
         why = (
@@ -256,6 +265,12 @@ def _conclude(case: _Case, protocol: Protocol, joint: _Joint) -> VerdictRecord:
     alpha = 1 - protocol.confidence
     record = replace(record, p_value=case.p_below(), p_value_holm=joint.p_below)
     lower, upper = stats.bounds(case.harm, case.spreads, alpha)
+    if _reassures(joint, alpha) and record.n < _FEWEST_SEEDS:
+        record = replace(record, n_needed=_FEWEST_SEEDS)
+        why = (
+            f"EQUIVALENT or NON-INFERIOR needs at least {_FEWEST_SEEDS} seeds: {record.n} were run"
+        )
+        return _said(case, record, "INCONCLUSIVE", why)
     if joint.p_within < alpha:
         return _said(case, record, "EQUIVALENT", _why_equivalent(case, margin, lower, upper))
     if joint.p_below < alpha:
@@ -266,6 +281,22 @@ def _conclude(case: _Case, protocol: Protocol, joint: _Joint) -> VerdictRecord:
     record = replace(record, n_needed=_n_needed(case, margin, joint.first_alpha))
     why = _why_inconclusive(record, margin, lower, upper)
     return _said(case, record, "INCONCLUSIVE", why)
+
+
+def _reassures(joint: _Joint, alpha: float) -> bool:
+    return joint.p_within < alpha or joint.p_below < alpha
+
+
+def _not_executed(protocol: Protocol, arm: ArmRecord) -> str:
+    """Say in what an arm executed that was nowhere in its precision; empty where some of it was."""
+    if arm.precision_honoured is not False:
+        return ""
+    compute = protocol.policies.get(arm.precision, {}).get("compute", arm.precision)
+    heavy = {kind: arm.executed_dtypes[kind] for kind in _HEAVY if arm.executed_dtypes.get(kind)}
+    if not heavy or any(by.get(str(compute)) for by in heavy.values()):
+        return ""
+    ran = "; ".join(f"{kind} in {', '.join(sorted(by))}" for kind, by in heavy.items())
+    return f"{arm.precision} was not executed: {ran}, nothing in {compute}"
 
 
 def _n_needed(case: _Case, margin: float, alpha: float) -> int | None:

@@ -40,6 +40,7 @@ from narrowcast.scaling.skips import (
     SkipRow,
     StepOutcome,
     nonfinite_parameters,
+    require_skip_limit,
     skip_reason,
     stuck_error,
 )
@@ -92,6 +93,7 @@ class GradScaler(torch.amp.GradScaler):
         names: Iterable[tuple[str, Tensor]] = (),
         **settings: Unpack[_Settings],
     ) -> None:
+        require_skip_limit(max_consecutive_skips)
         starts_with_scale = bool(args) and isinstance(args[0], int | float)
         positional = _SETTINGS[1:] if starts_with_scale else _SETTINGS
         bound = bind_positional("GradScaler()", positional, args, dict(settings))

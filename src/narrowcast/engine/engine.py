@@ -40,9 +40,11 @@ from narrowcast.engine.parts import (
     build_lanes,
     choose_device,
     choose_policy_for,
+    claim,
     require_keys,
     require_numbers,
     require_same_policy,
+    require_unclaimed,
 )
 from narrowcast.engine.surroundings import Surroundings
 from narrowcast.errors import UnknownName, UsageError
@@ -120,6 +122,7 @@ class Engine:
         self.model = model
         self.device = choose_device(model, device)
         self.policy, self.policy_reason = choose_policy_for(self.device, policy)
+        require_unclaimed(model, self.policy)
         self._accumulate = accumulate
         self._clip_norm = clip_norm
         self._limit = max_consecutive_skips
@@ -144,6 +147,7 @@ class Engine:
         self._around_forward = around_forward
         self._around_backward = Surroundings(self.policy, kind, backward_context(self.policy, kind))
         self._around_step = Surroundings(self.policy, kind)
+        claim(model, self, self.policy)
 
     def forward(self) -> AbstractContextManager[None]:
         """Return the context for the forward pass and the loss: autocast as the policy says."""

@@ -189,7 +189,11 @@ class Lane:
             gradients.clip(pending, norms, clip_norm)
         self._hand_over()
         self._apply()
-        return self._applied(norm)
+        report = self._applied(norm)
+        # Counted before: what raises here finds the weights moved, and the count must say so.
+        for _, follow in self.followers.values():
+            follow()
+        return report
 
     def _pending(self) -> list[Tensor]:
         """List the pending gradients, or their wide sums, as dense tensors."""
@@ -203,11 +207,8 @@ class Lane:
             self._sums.round_into_gradients()
 
     def _apply(self) -> None:
-        """Step the optimizer, then all that counts applied steps."""
         self._guard.is_armed = False
         self.optimizer.step()
-        for _, follow in self.followers.values():
-            follow()
 
     def _applied(self, norm: float) -> StepReport:
         for source in dict(self._losses):

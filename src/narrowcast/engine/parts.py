@@ -6,8 +6,10 @@ plain loop each of these trains something, quietly. They are found here, before 
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,12 +19,12 @@ from torch.optim import Optimizer
 
 from narrowcast.engine.lanes import Followers, Lane
 from narrowcast.errors import CheckpointError, UnknownName, UsageError
-from narrowcast.policy import Policy
+from narrowcast.policy import POLICIES, Policy
 from narrowcast.precision.cast import torch_dtype
 from narrowcast.precision.device import device_at_hand, require, resolve_policy
 from narrowcast.records.codec import to_json
 from narrowcast.scaling.scales import DynamicScale, LossScale, NoScale, StaticScale
-from narrowcast.scaling.skips import SkipLimit
+from narrowcast.scaling.skips import SkipLimit, require_skip_limit
 
 __all__ = [
     "ONLY",
@@ -30,13 +32,20 @@ __all__ = [
     "build_lanes",
     "choose_device",
     "choose_policy_for",
+    "claim",
     "require_keys",
     "require_numbers",
     "require_same_policy",
+    "require_unclaimed",
 ]
 
 ONLY = "optimizer"
 """The lane's name where there is one optimizer."""
+
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Policy]] = (
+    weakref.WeakKeyDictionary()
+)
+"""The newest engine of each model, and the policy that it prepared the model for."""
 
 AskedScale = LossScale | float | Mapping[str, LossScale | float] | None
 
@@ -50,21 +59,47 @@ def require_numbers(
             f"accumulate={accumulate!r}: it is the number of micro-batches in a step",
             hint="1 makes a step of every backward pass",
         )
-    if clip_norm is not None and not 0 < clip_norm < math.inf:
+    is_number = isinstance(clip_norm, (int, float)) and not isinstance(clip_norm, bool)
+    if clip_norm is not None and not (is_number and 0 < clip_norm < math.inf):
         raise UsageError(
             f"clip_norm={clip_norm!r}: it is the largest L2 norm of the gradients to step with",
             hint="leave it out to clip nothing; the norm is reported all the same",
         )
-    limit = max_consecutive_skips
-    if limit not in ("auto", None) and not (isinstance(limit, int) and limit >= 1):
+    require_skip_limit(max_consecutive_skips)
+
+
+def claim(model: nn.Module, engine: object, policy: Policy) -> None:
+    """Note that the model is prepared for this engine; neither is kept alive by it."""
+    _OWNERS[model] = (weakref.ref(engine), policy)
+
+
+def require_unclaimed(model: nn.Module, policy: Policy) -> None:
+    """Raise UsageError if an engine that still lives prepared the model for another policy."""
+    owner, owners_policy = _OWNERS.get(model, (None, policy))
+    if owner is None or _preparation(owners_policy) == _preparation(policy) or owner() is None:
+        return
+    gc.collect()  # an engine holds itself in a cycle, so that it may be dropped and not yet gone
+    if owner() is not None:
         raise UsageError(
-            f"max_consecutive_skips={limit!r}: it is how many skips in a row end the training",
-            hint="'auto' counts those that no lower scale can cure, None never ends it",
+            f"the model belongs to an engine with policy {owners_policy.name!r}, and a second one "
+            f"with {policy.name!r} would change its casts under the first",
+            hint="use the engine that there is, build a model for each policy, or let go of the "
+            "first engine (del engine) before",
         )
+
+
+def _preparation(policy: Policy) -> tuple[object, ...]:
+    """Return what a policy changes in a model itself; autocast lives in the engine's contexts."""
+    return policy.param, policy.keep_fp32
 
 
 def choose_device(model: nn.Module, asked: torch.device | str | None) -> torch.device:
     """Return the device asked for, or the one that the model is on."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model is {model!r:.80}, a {type(model).__name__}",
+            hint="pass the torch.nn.Module that is to be trained, before the optimizer",
+        )
     if asked is not None:
         return device_at_hand(str(asked))
     found = {p.device for p in model.parameters()}
@@ -80,6 +115,11 @@ def choose_policy_for(device: torch.device, asked: Policy | str) -> tuple[Policy
     """Return the policy and why it is this one; raises UnsupportedPrecision if it cannot be."""
     if isinstance(asked, str):
         return resolve_policy(asked, device)
+    if not isinstance(asked, Policy):
+        raise UsageError(
+            f"the policy is {asked!r:.80}, a {type(asked).__name__}",
+            hint=f"pass a Policy or a name: auto, {', '.join(POLICIES)}",
+        )
     require(asked, device)
     return asked, "as asked"
 

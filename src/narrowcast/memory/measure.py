@@ -16,6 +16,7 @@ Limitations are in docs/memory-ledger.md.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -49,6 +50,9 @@ __all__ = ["MemoryLedger"]
 
 # A timeline is drawn, not computed with; more points than pixels say nothing more.
 _MOST_POINTS = 500
+
+_OPEN = threading.local()
+"""Has `ledger` while one is open on this thread."""
 
 
 class MemoryLedger:
@@ -85,6 +89,12 @@ class MemoryLedger:
     def __enter__(self) -> MemoryLedger:
         if self._state != "new":
             raise UsageError("this MemoryLedger has measured already", hint="make a new one")
+        if getattr(_OPEN, "ledger", None) is not None:
+            raise UsageError(
+                "a MemoryLedger was entered inside another one on the same thread: each would "
+                "count what the other does",
+                hint="close the outer one first; one ledger can hold several optimizers",
+            )
         self._state = "open"
         self._claim_state()
         if self.device.type == "cuda" and torch.cuda.is_available():
@@ -106,10 +116,12 @@ class MemoryLedger:
             )
             stack.enter_context(self._watch)
             self._open = stack.pop_all()
+        _OPEN.ledger = self
         self._watch.mark(OUTSIDE)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _OPEN.ledger = None
         self._open.close()
         self._watch.mark(OUTSIDE)  # what has been let go since the last operation shows here
         self._allocator = _allocator_peaks(self.device)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import inspect
 import os
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 
 from narrowcast.errors import RecipeError, UnknownName, UsageError
 from narrowcast.recipes import BUILTIN
+from narrowcast.recipes.imported import hash_sources, noting_imports
 from narrowcast.recipes.options import (
     OptionDescription,
     OptionValue,
@@ -69,14 +69,16 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """Load a built-in recipe by name, or any recipe file by path, with some options overridden.
 
     Loading runs the file, as importing it would. Its directory is added to the end of ``sys.path``,
-    so that it can import its neighbours.
+    so that it can import its neighbours. They are executed anew, and hashed with the file; a module
+    that is imported only within a function, or was imported before by other code, is not.
 
     Raises UnknownName for an unknown recipe, option or choice; UsageError for a value that its
     option cannot have; RecipeError for a file that is missing, incomplete or raises.
     """
     path = _locate(str(name_or_path))
     source = _read(path)
-    module = _run(path, source)
+    with noting_imports(path) as imported:
+        module = _run(path, source)
     _check_parts(path, module)
     with user_code(path, "Options"):
         described = describe_options(module.Options, source.decode())
@@ -86,7 +88,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         name=path.stem,
         path=path,
         options=options,
-        source_hash=hashlib.sha256(source).hexdigest(),
+        source_hash=hash_sources(source, imported),
         module=module,
     )
     _check_values(recipe, {d.name for d in described})

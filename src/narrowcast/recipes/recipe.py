@@ -41,7 +41,8 @@ class Recipe:
     options: Any
     """An instance of the recipe's dataclass ``Options``."""
     source_hash: str
-    """SHA-256 (hex) of the file, so that a run is never continued with another recipe."""
+    """SHA-256 (hex) of the file and of the user's modules that it imports, so that a run is never
+    continued with another recipe."""
     module: ModuleType = field(repr=False)
 
     @property

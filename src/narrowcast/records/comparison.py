@@ -60,9 +60,10 @@ class Protocol:
     policies: dict[str, dict[str, str | list[str]]] = field(default_factory=dict)
     """Arm -> every field of its policy."""
     training: dict[str, OptionValue] = field(default_factory=dict)
-    """What the training loop was told besides seed and steps: batch size, accumulation, ..."""
+    """What the training loop was told besides seed and steps: batch size, ...; and `data`, the
+    SHA-256 of the first training and the first evaluation batch."""
     recipe_digest: str = ""
-    """SHA-256 of the recipe's source file."""
+    """SHA-256 of the recipe's source file and of the user's modules that it imports."""
     stopping: str = "all seeds of all arms, then one look"
     written: str = ""
     hash: str = ""

@@ -19,14 +19,14 @@ from typing import Any
 
 import jinja2
 
-from narrowcast.files import write_atomically
+from narrowcast.files import write_atomically, write_for_user
 from narrowcast.records.run import StepPoint
 from narrowcast.report.charts import figures_of
 from narrowcast.report.outline import Reportable, outline_of
 from narrowcast.report.shapes import Block, Chart, Outline, Prose
 from narrowcast.report.wording import TONES, printable
 
-__all__ = ["render_html", "write_html"]
+__all__ = ["is_report", "render_html", "write_html", "write_html_for_user"]
 
 
 def write_html(record: Reportable, path: Path, *, points: Sequence[StepPoint] = ()) -> None:
@@ -35,6 +35,22 @@ def write_html(record: Reportable, path: Path, *, points: Sequence[StepPoint] = 
     Raises RunDirectoryError if the file cannot be written.
     """
     write_atomically(path, render_html(record, points=points))
+
+
+def write_html_for_user(
+    record: Reportable, path: Path, *, points: Sequence[StepPoint] = ()
+) -> None:
+    """Write a report where a user asked for it; a device is written into, a file of theirs left.
+
+    Raises RunDirectoryError if the file cannot be written or is not a report of ours.
+    """
+    write_for_user(path, render_html(record, points=points), is_report)
+
+
+def is_report(content: bytes) -> bool:
+    """Whether this is an HTML report that we wrote, known by the generator that its head names."""
+    head = content[:4096].lower()
+    return head.startswith(b"<!doctype html") and b'name="generator" content="narrowcast"' in head
 
 
 def render_html(record: Reportable, *, points: Sequence[StepPoint] = ()) -> str:

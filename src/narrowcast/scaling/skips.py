@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from narrowcast.errors import PrecisionError
+from narrowcast.errors import PrecisionError, UsageError
 from narrowcast.records.run import SkippedStep, SkipReason
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "SkipRow",
     "StepOutcome",
     "nonfinite_parameters",
+    "require_skip_limit",
     "skip_reason",
     "stuck_error",
 ]
@@ -34,6 +35,17 @@ SkipLimit = int | Literal["auto"] | None
 _INCURABLE_LIMIT = 8
 # One read of the device for so many fused steps: late enough to cost little, early enough to stop.
 _READ_EVERY = 16
+
+
+def require_skip_limit(limit: SkipLimit) -> None:
+    """Raise UsageError unless it is 'auto', None or a whole number from 1 on."""
+    is_word = limit is None or limit == "auto"
+    is_count = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
+    if not is_word and not is_count:
+        raise UsageError(
+            f"max_consecutive_skips={limit!r}: it is how many skips in a row end the training",
+            hint="'auto' counts those that no lower scale can cure, None never ends it",
+        )
 
 
 def skip_reason(*, overflow: bool, broken: bool, bad_loss: bool) -> SkipReason:

@@ -7,10 +7,12 @@ the same fp32 weights, and the hashes in their records prove it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from narrowcast import __version__
@@ -22,10 +24,11 @@ from narrowcast.precision.cast import numeric_settings
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.training import checkpoint
+from narrowcast.training.determinism import thread_count
 from narrowcast.training.perturbation import perturb
-from narrowcast.training.randomness import seed_everything
+from narrowcast.training.randomness import isolated, seed_everything
 
-__all__ = ["Assembly", "TrainOptions", "assemble", "identity_of", "steps_of"]
+__all__ = ["Assembly", "TrainOptions", "assemble", "data_digest", "identity_of", "steps_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class TrainOptions:
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: a tenth of the steps."""
     perturb: bool = False
-    """Start one unit in the last place away: the control run of a comparison."""
+    """Start a few units in the last place away: the control run of a comparison."""
     measure: bool = True
     """Measure what the device does badly, executed dtypes and memory, before and on early steps."""
     deterministic: bool = True
@@ -90,7 +93,10 @@ def assemble(
     model = recipe.build_model()
     perturbation = ""
     if options.perturb:
-        _, batch = next(evaluation_batches(training_data, recipe.batch_size, recipe.collate))
+        first = BatchStream(
+            training_data, recipe.batch_size, seed=options.seed, collate=recipe.collate
+        )
+        _, batch = next(first)
         with numeric_settings(POLICIES["fp32"]):
             on_cpu = to_device(batch, "cpu")
             perturbation = perturb(model, recipe.compute_loss, on_cpu, seed=options.seed)
@@ -121,6 +127,34 @@ def assemble(
     )
 
 
+def data_digest(recipe: Recipe, seed: int) -> str:
+    """SHA-256 (hex) of the first training batch and the first evaluation batch at this seed.
+
+    Loads the data, on random streams of its own; batches are hashed by their tensors. Data that
+    differ only in later samples are not told apart.
+    """
+    with isolated(seed, "data"):
+        training, evaluation = recipe.load_data()
+        size, collate = recipe.batch_size, recipe.collate
+        _, first = next(BatchStream(training, size, seed=seed, collate=collate))
+        _, second = next(evaluation_batches(evaluation, size, collate))
+    return checkpoint.fingerprint(
+        {**dict(_tensors("training", first)), **dict(_tensors("evaluation", second))}
+    )
+
+
+def _tensors(name: str, nest: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a batch with its place in it; dense copies, which share nothing."""
+    if isinstance(nest, Tensor):
+        yield name, nest.detach().to_dense().clone(memory_format=torch.contiguous_format)
+    elif isinstance(nest, Mapping):
+        for key, item in nest.items():
+            yield from _tensors(f"{name}.{key}", item)
+    elif isinstance(nest, (list, tuple)):
+        for index, item in enumerate(nest):
+            yield from _tensors(f"{name}.{index}", item)
+
+
 def identity_of(
     recipe: Recipe, policy: Policy, options: TrainOptions, device: torch.device
 ) -> dict[str, Any]:
@@ -129,9 +163,12 @@ def identity_of(
     How often to evaluate, to save and whether to measure may differ: they change no bit of it.
     """
     free = {"steps", "evaluate_every", "checkpoint_every", "measure"}
+    with thread_count(1):  # sums in data() may round by the number of threads
+        data = data_digest(recipe, options.seed)
     return {
         "recipe": recipe.name,
         "recipe source": recipe.source_hash,
+        "data": data,
         "options": option_values(recipe),
         "steps": steps_of(recipe, options),
         "policy": to_json(policy),

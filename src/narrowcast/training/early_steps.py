@@ -1,12 +1,15 @@
-"""What is measured on two early steps of the real training: executed dtypes, and memory.
+"""What is measured on a few steps of the real training: executed dtypes, and memory.
 
 Both only observe: a training that is measured and one that is not are equal bit for bit (a test).
 The first step makes the optimizer's state, so the second and third are the first that look like
-all the others.
+all the others. Dtypes are looked at once more on the last step, since a model may switch autocast
+off on the way.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -28,17 +31,19 @@ MEMORY_AT = 3
 class EarlySteps:
     """The measurements of one run; a run of fewer steps is measured on its last."""
 
-    def __init__(self, engine: Engine, optimizer: Optimizer, *, steps: int, wanted: bool) -> None:
+    def __init__(
+        self, engine: Engine, optimizer: Optimizer, *, steps: int, dtypes: bool, memory: bool
+    ) -> None:
         self._engine = engine
         self._optimizer = optimizer
-        self._dtypes_at = min(DTYPES_AT, steps) if wanted else 0
-        self._memory_at = min(MEMORY_AT, steps) if wanted else 0
+        self._dtypes_at = {min(DTYPES_AT, steps), steps} if dtypes else set()
+        self._memory_at = min(MEMORY_AT, steps) if memory else 0
         self._dtypes = ExecutedDtypes()
         self._ledger: MemoryLedger | None = None
 
     def measures(self, step: int) -> bool:
         """Whether this step is slowed down by being measured."""
-        return step in (self._dtypes_at, self._memory_at)
+        return step in self._dtypes_at or step == self._memory_at
 
     def memory(self, step: int) -> AbstractContextManager[object]:
         """Return the ledger to put round a whole step, or nothing."""
@@ -50,7 +55,7 @@ class EarlySteps:
 
     def dtypes(self, step: int) -> AbstractContextManager[object]:
         """Return what to put round forward and backward of each micro-batch of a step."""
-        return self._dtypes if step == self._dtypes_at else nullcontext()
+        return self._dtypes if step in self._dtypes_at else nullcontext()
 
     def inputs(self, batch: Any) -> None:
         """Tell the ledger, if one is open, which tensors are the batch."""
@@ -59,14 +64,8 @@ class EarlySteps:
 
     def add_to(self, record: RunRecord, step: int) -> RunRecord:
         """Return the record with what was measured on the step that has just been taken."""
-        if step == self._dtypes_at:
-            is_honoured, notes = honoured(self._engine.policy, self._dtypes.counts)
-            record = replace(
-                record,
-                executed_dtypes=self._dtypes.counts,
-                precision_honoured=is_honoured,
-                precision_notes=notes,
-            )
+        if step in self._dtypes_at:
+            record = self._add_dtypes(record, step)
         if step == self._memory_at and self._ledger is not None:
             memory = self._ledger.record(
                 recipe=record.recipe,
@@ -78,6 +77,35 @@ class EarlySteps:
             if self._engine.device.type != "cuda":
                 record = replace(record, peak_bytes=memory.total_peak_bytes)
         return record
+
+    def _add_dtypes(self, record: RunRecord, step: int) -> RunRecord:
+        """Add a step's counts; honoured is what was so on every step that was watched.
+
+        Each step is judged alone: joined, what a late one executed in fp32 could pass for the
+        share of modules that are kept so.
+        """
+        counts = self._dtypes.counts
+        self._dtypes = ExecutedDtypes()
+        is_honoured, notes = honoured(self._engine.policy, counts)
+        if record.precision_honoured is not None and notes != record.precision_notes:
+            notes = (*record.precision_notes, *(f"on step {step}: {note}" for note in notes))
+        return replace(
+            record,
+            executed_dtypes=_either(record.executed_dtypes, counts),
+            precision_honoured=is_honoured and record.precision_honoured is not False,
+            precision_notes=notes,
+        )
+
+
+def _either(
+    a: Mapping[str, Mapping[str, int]], b: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
+    """Join the calls of two steps by kind and format, sorted; of equal ones, one step's."""
+    total: dict[str, dict[str, int]] = {}
+    for kind in sorted({*a, *b}):
+        calls = Counter(a.get(kind, {})) | Counter(b.get(kind, {}))
+        total[kind] = dict(sorted(calls.items()))
+    return total
 
 
 class PeakMemory:

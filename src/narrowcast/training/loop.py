@@ -14,6 +14,7 @@ shift it. What is told on the way goes to an observer; this file prints nothing.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from narrowcast.training.interruption import Interruption
 from narrowcast.training.progress import Progress
 from narrowcast.training.randomness import isolated, random_state, restore_random_state
 from narrowcast.training.run_directory import MetricsLog, RunDirectory
+from narrowcast.user_code import user_code
 
 __all__ = ["Run"]
 
@@ -73,7 +75,11 @@ class Run:
         self.steps = steps_of(parts.recipe, options)
         self.save_every = options.checkpoint_every or max(1, self.steps // _CHECKPOINTS_A_RUN)
         self.early = EarlySteps(
-            parts.engine, parts.optimizer, steps=self.steps, wanted=options.measure
+            parts.engine,
+            parts.optimizer,
+            steps=self.steps,
+            dtypes=options.measure,
+            memory=options.measure,
         )
         self.progress = Progress()
         self.step = 0
@@ -127,6 +133,7 @@ class Run:
                 finished = self.step == self.steps and not self._evaluation_is_due()
                 if finished:
                     self._export()
+                    self._warn_of_nonfinite_metrics()
                 self._conclude("finished" if finished else "interrupted")
         except KeyboardInterrupt:
             self._conclude_as_well_as_possible("interrupted", "")
@@ -217,9 +224,11 @@ class Run:
             with self.early.dtypes(step):
                 with self.engine.forward():
                     loss = self.parts.recipe.compute_loss(self.engine.model, batch)
-                self.engine.backward(loss)
+                with user_code(self.parts.recipe.path, "the backward pass"):
+                    self.engine.backward(loss)
             losses.append(loss.detach())
-            report = self.engine.step()
+            with user_code(self.parts.recipe.path, "the step of optimizer and scheduler"):
+                report = self.engine.step()
             if report.complete:
                 mean = sum(value.item() for value in losses) / len(losses)
                 return _Outcome(mean, report)
@@ -229,7 +238,7 @@ class Run:
             return
         known = self.record.precision_honoured
         self.record = self.early.add_to(self.record, step)
-        if known is None and self.record.precision_honoured is False:
+        if known is not False and self.record.precision_honoured is False:
             self.notice(
                 f"precision {self.record.precision} was not carried out: "
                 f"{'; '.join(self.record.precision_notes)}"
@@ -300,6 +309,14 @@ class Run:
                 hint="train for more steps, so that the loss scale can come down, or in bf16",
             )
         checkpoint.save_weights(self.place.weights_path, self.engine.model.state_dict())
+
+    def _warn_of_nonfinite_metrics(self) -> None:
+        """Say which final metrics are no numbers: the steps were taken, and came to nothing."""
+        for evaluation in self.record.evaluations:
+            bad = [n for n, value in evaluation.metrics.items() if not math.isfinite(value)]
+            if evaluation.step == self.step and bad:
+                figures = ", ".join(f"{name} = {evaluation.metrics[name]}" for name in bad)
+                self.notice(f"the final evaluation in {evaluation.precision} gave {figures}")
 
     def _conclude(self, status: Status, failure: str = "") -> None:
         self._bring_record_up_to_date()

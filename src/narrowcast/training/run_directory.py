@@ -24,7 +24,7 @@ from pathlib import Path
 
 from narrowcast.errors import CheckpointError, RunDirectoryError
 from narrowcast.files import cannot_write, remove_leftovers, write_atomically
-from narrowcast.records.codec import dumps, loads
+from narrowcast.records.codec import RecordError, dumps, loads
 from narrowcast.records.run import Evaluation, RunRecord, StepPoint, parse_metrics
 
 __all__ = ["MetricsLog", "RunDirectory", "default_directory", "latest_directory"]
@@ -62,8 +62,13 @@ class RunDirectory:
         """Whether a run was begun here."""
         return self.record_path.exists()
 
+    def is_unbegun(self) -> bool:
+        """Whether the run here, if any, got no further than its first checkpoint, and not there."""
+        parts = (self.metrics_path, self.checkpoints)
+        return all(self._holds_nothing(part) for part in parts if part.exists())
+
     def read_record(self) -> RunRecord:
-        """Read run.json; raises RunDirectoryError if there is none, RecordError if damaged."""
+        """Read run.json; raises RunDirectoryError if there is none or it is damaged."""
         try:
             text = self.record_path.read_text()
         except OSError as error:
@@ -72,7 +77,18 @@ class RunDirectory:
                 f"({os.strerror(error.errno or 0)})",
                 hint="give the directory of a run, such as runs/fashion-bf16-seed0",
             ) from None
-        return loads(RunRecord, text)
+        except ValueError:
+            raise self._damaged("it is not text") from None
+        try:
+            return loads(RunRecord, text)
+        except RecordError as error:
+            raise self._damaged(error.message) from None
+
+    def _damaged(self, what: str) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"{self.record_path} is not the record of a run: {what}",
+            hint="the file was edited or damaged; restore it, or run again in another directory",
+        )
 
     def write_record(self, record: RunRecord) -> None:
         """Replace run.json; a reader sees the old one or the new one."""
@@ -128,11 +144,12 @@ class RunDirectory:
             return
         if self.holds_a_run():
             record = self.read_record()
+            way_on = "begin" if self.is_unbegun() else "continue"
             raise RunDirectoryError(
                 f"{self.path} holds another run: {record.recipe} in {record.precision}, seed "
                 f"{record.seed}, {record.status} at step {record.completed_steps} of "
                 f"{record.planned_steps}",
-                hint="continue it with --resume, or choose another --output",
+                hint=f"{way_on} it with --resume, or choose another --output",
             )
         raise RunDirectoryError(
             f"{self.path} is not empty: it holds {', '.join(others[:3])}",

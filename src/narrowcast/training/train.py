@@ -6,22 +6,23 @@ of threads, the determinism switches. The loop itself is in ``loop``.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from narrowcast.errors import CheckpointError, RunDirectoryError
 from narrowcast.policy import Policy
 from narrowcast.precision.device import environment, require
 from narrowcast.recipes.load import Recipe, option_values
-from narrowcast.records.codec import to_json
+from narrowcast.records.codec import RecordError, to_json
 from narrowcast.records.run import RunRecord
 from narrowcast.training import checkpoint
 from narrowcast.training.assembly import Assembly, TrainOptions, assemble, identity_of, steps_of
 from narrowcast.training.determinism import deterministic, thread_count
-from narrowcast.training.events import Observer, ignore
+from narrowcast.training.events import Ended, Notice, Observer, ignore
 from narrowcast.training.loop import Run
 from narrowcast.training.randomness import isolated
 from narrowcast.training.run_directory import RunDirectory
@@ -43,10 +44,10 @@ def train(
 ) -> RunRecord:
     """Train, and leave everything in `directory`; returns the record that run.json holds.
 
-    With `resume` the run in the directory goes on from its last checkpoint, or begins if it has
-    none. The first Ctrl-C (or SIGTERM), like `stop_at`, ends it after the current step with a
-    checkpoint and status "interrupted"; the second one at once. The caller's random states,
-    threads and determinism switches are given back.
+    With `resume` the run in the directory goes on from its last checkpoint, or begins if it took
+    no step yet; a finished one is left as it is. The first Ctrl-C (or SIGTERM), like `stop_at`,
+    ends it after the current step with a checkpoint and status "interrupted"; the second one at
+    once. The caller's random states, threads and determinism switches are given back.
 
     A run that fails leaves status "failed" and the reason in run.json, and raises: PrecisionError
     if the numbers broke, RecipeError or DataError for the recipe's mistakes, RunDirectoryError if
@@ -58,8 +59,12 @@ def train(
         warnings = stack.enter_context(place.lock())
         identity = identity_of(recipe, policy, options, device)
         saved = _saved_state(place, identity) if resume else None
-        if saved is None:
+        if not resume:
             place.refuse_another_run()
+        elif saved and (finished := _finished(place)):
+            observe(Notice(text=f"{place.path} is finished: there is nothing left to do"))
+            observe(Ended(record=finished))
+            return finished
         stack.enter_context(isolated(options.seed, "training"))
         stack.enter_context(thread_count(saved["threads"] if saved else torch.get_num_threads()))
         if options.deterministic:
@@ -78,10 +83,67 @@ def train(
 
 
 def _saved_state(place: RunDirectory, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Load the newest checkpoint, or None where no run has begun."""
-    if not checkpoint.checkpoints_in(place.checkpoints) and not place.holds_a_run():
+    """Load the newest checkpoint, or None where no run has begun, or none got as far as that."""
+    if checkpoint.checkpoints_in(place.checkpoints):
+        return checkpoint.load_latest(place.checkpoints, identity=identity)
+    if place.holds_a_run():
+        _require_unbegun(place, identity)
+    else:
+        place.refuse_another_run()
+    return None
+
+
+def _finished(place: RunDirectory) -> RunRecord | None:
+    """Return the record of a run that has left all it was to leave."""
+    if not place.weights_path.exists():
         return None
-    return checkpoint.load_latest(place.checkpoints, identity=identity)
+    with suppress(RunDirectoryError, RecordError):  # what is lost or damaged is written anew
+        record = place.read_record()
+        return record if record.status == "finished" else None
+    return None
+
+
+def _require_unbegun(place: RunDirectory, identity: dict[str, Any]) -> None:
+    """Raise unless run.json, without any checkpoint, is of this very run and tells of no step.
+
+    The disk that was full when the first checkpoint was due leaves it so: nothing can be lost by
+    beginning again.
+    """
+    record = place.read_record()
+    if not place.is_unbegun():
+        raise CheckpointError(
+            f"{place.checkpoints} holds no checkpoint, and the run has taken steps: they were "
+            "deleted",
+            hint="restore one, or choose another --output to begin anew",
+        )
+    here = {
+        "recipe": identity["recipe"],
+        "recipe source": identity["recipe source"],
+        "options": identity["options"],
+        "steps": identity["steps"],
+        "policy": identity["policy"],
+        "seed": identity["seed"],
+        "accumulate": identity["accumulate"],
+        "clip_norm": identity["clip_norm"],
+        "device": identity["device"],
+    }
+    there = (
+        record.recipe,
+        record.recipe_digest,
+        record.options,
+        record.planned_steps,
+        record.policy,
+        record.seed,
+        record.accumulate,
+        record.clip_norm,
+        record.environment.device,
+    )
+    differing = [k for (k, v), other in zip(here.items(), there, strict=True) if v != other]
+    if differing:
+        raise RunDirectoryError(
+            f"{place.path} holds another run that took no step: {', '.join(differing)} differ",
+            hint="choose another --output, or delete that directory",
+        )
 
 
 def _new_record(parts: Assembly, options: TrainOptions, command: str) -> RunRecord:
