@@ -33,17 +33,16 @@ def test_a_run_of_any_length_is_measured(tmp_path: Path, steps: int) -> None:
 
     # Two linear layers: one product forward and one backward for the first, whose input needs no
     # gradient, and two backward for the second.
-    watched = 1 if steps <= 2 else 2  # the second and the last
-    assert record.executed_dtypes["matmul"] == {"bf16": 5 * watched}
+    assert record.executed_dtypes["matmul"] == {"bf16": 5}
     assert record.memory is not None
     assert sum(line.bytes for line in record.memory.lines) == record.peak_bytes
 
 
 def test_every_micro_batch_of_the_step_is_counted(tmp_path: Path) -> None:
-    """Three micro-batches execute three times the products, on both steps that are watched."""
+    """Three micro-batches execute three times the products."""
     record = run(tmp_path / "run", "bf16", accumulate=3)
 
-    assert record.executed_dtypes["matmul"] == {"bf16": 2 * 15}
+    assert record.executed_dtypes["matmul"] == {"bf16": 15}
 
 
 def test_the_ledger_knows_batch_and_optimizer(tmp_path: Path) -> None:
@@ -94,7 +93,8 @@ def test_a_precision_given_up_after_the_early_steps_is_not_honoured(tmp_path: Pa
     file.write_text(
         text.replace(
             old,
-            "        with torch.autocast('cpu', enabled=self.seen < 4, dtype=torch.bfloat16):\n"
+            "        on = bool(self.seen < 4)\n"
+            "        with torch.autocast('cpu', enabled=on, dtype=torch.bfloat16):\n"
             "            return self.layers(x)\n",
         )
     )
