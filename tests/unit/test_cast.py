@@ -260,7 +260,11 @@ def test_classes_and_their_subclasses_can_be_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "near"), [("layers.9.*", "layers.0"), ("class:torch.nn.Liner", "Linear")]
+    ("entry", "near"),
+    [
+        ("layers.9.*", "did you mean 'layers.0'"),
+        ("class:torch.nn.Liner", "did you mean 'class:torch.nn.modules.linear.Linear'"),
+    ],
 )
 def test_an_entry_that_matches_nothing_is_an_error(entry: str, near: str) -> None:
     """A misspelt island is refused with the nearest name that exists; the model is untouched."""
@@ -271,6 +275,17 @@ def test_an_entry_that_matches_nothing_is_an_error(entry: str, near: str) -> Non
 
     assert near in error.value.hint
     assert {p.dtype for p in model.parameters()} == {FP32}
+
+
+def test_an_entry_that_resembles_nothing_gets_the_names() -> None:
+    """No guess is made from afar; the hint lists modules, and no more than fit in two lines."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(14)))
+
+    with pytest.raises(UsageError, match="matches no module") as error:
+        prepare_model(model, policy_named("bf16").keeping_fp32("nope*"), "cpu")
+
+    assert "did you mean" not in error.value.hint
+    assert error.value.hint.endswith("modules: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, and 2 more")
 
 
 def test_a_weight_cannot_be_in_and_out_of_an_island() -> None:
@@ -423,7 +438,8 @@ def test_full_precision_restores_every_bit(fail: bool) -> None:
     before = [(t.data_ptr(), t.dtype, t.detach().clone()) for t in tensors]
     expected = copy.deepcopy(model)(x)
 
-    with contextlib.suppress(ZeroDivisionError), full_precision(model):
+    refused = pytest.raises(ZeroDivisionError if fail else UsageError)
+    with refused, full_precision(model):
         model(x)  # in training mode this moves the running statistics
         fail_if(fail)
 
@@ -431,6 +447,41 @@ def test_full_precision_restores_every_bit(fail: bool) -> None:
     assert after == [b[:2] for b in before]
     assert all(torch.equal(t, b[2]) for t, b in zip(tensors, before, strict=True))
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_state_loaded_in_full_precision_is_refused(assign: bool, around: Any) -> None:
+    """The change would be lost; the error names what it was, and the model is as before."""
+    model = nn.Linear(2, 2)
+    prepare_model(model, policy_named("bf16-true"), "cpu")
+    weight, before = model.weight, model.weight.detach().clone()
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+
+    with (
+        pytest.raises(UsageError, match="weight, bias changed"),
+        around(),
+        full_precision(model),
+    ):
+        model.load_state_dict(state, assign=assign)
+
+    assert model.weight is weight
+    assert torch.equal(weight, before)
+
+
+def test_a_cache_may_change_in_full_precision() -> None:
+    """A buffer outside the state dict is scratch, and one that is replaced is not lost."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    model.register_buffer("table", torch.zeros(2))
+    prepare_model(model, policy_named("bf16-true"), "cpu")
+
+    with full_precision(model):
+        model.scratch.fill_(1)
+        model.table = torch.ones(4)
+
+    assert model.scratch.tolist() == [0, 0]
+    assert model.table.tolist() == [1, 1, 1, 1]
 
 
 def test_full_precision_keeps_gradients_and_mode() -> None:

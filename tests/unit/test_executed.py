@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from narrowcast.policy import Policy, policy_named
 from narrowcast.precision.cast import forward_context, prepare_model
 from narrowcast.precision.executed import ExecutedDtypes, honoured
+from narrowcast.precision.islands import unused_islands
 
 CPU = torch.device("cpu")
 
@@ -145,6 +146,68 @@ def test_attention_without_a_fused_kernel_is_told() -> None:
 
     assert not kept
     assert "scaled_dot_product_attention" in notes[-1]
+
+
+def test_only_attention_is_explained_by_attention() -> None:
+    """fp32 products of a model without attention, though with a softmax, get no such note."""
+    counts = counts_of(policy_named("fp32"), nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10)))
+
+    notes = honoured(policy_named("bf16"), counts)[1]
+
+    assert "softmax" in counts
+    assert notes == ("3 of 3 matmul calls executed in fp32, not in bf16",)
+
+
+class Borrowed(nn.Module):
+    """`head` is kept and its weight is used without calling it; `attention`'s out_proj too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+        self.spare = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = self.layers[0](self.attention(x, x, x)[0])
+        return F.linear(x, self.head.weight)
+
+
+def unused_of(*entries: str) -> dict[str, str]:
+    """Return what `unused_islands` finds in one step of Borrowed."""
+    policy, model = policy_named("bf16").keeping_fp32(*entries), Borrowed()
+    prepare_model(model, policy, CPU)
+    ids = torch.arange(10).reshape(2, 5)
+    with ExecutedDtypes() as executed, forward_context(policy, "cpu"):
+        model(ids)
+    return unused_islands(model, executed.has_read)
+
+
+@pytest.mark.parametrize(
+    ("entry", "module"),
+    [("he*", "head"), ("*.out_proj", "attention.out_proj"), ("layers", "layers")],
+)
+def test_an_island_that_is_never_called_is_found(entry: str, module: str) -> None:
+    """Its weight was read elsewhere, in 16 bits: by name, with the entry that kept it."""
+    assert unused_of(entry) == {module: entry}
+
+
+@pytest.mark.parametrize("entry", ["attention*", "layers*", "spare", "*"])
+def test_an_island_within_one_that_ran_is_in_use(entry: str) -> None:
+    """So is a list whose members are islands; a branch that did not run is nobody's concern."""
+    assert unused_of(entry) == {}
+
+
+def test_an_island_without_effect_is_not_honoured() -> None:
+    """The note names the entry, the module and the reason."""
+    policy = policy_named("bf16").keeping_fp32("he*")
+
+    kept, notes = honoured(policy, {"matmul": {"bf16": 3}}, {"head": "he*"})
+
+    assert not kept
+    assert notes[0].startswith('keep_fp32 "he*" had no effect on head: it is never called')
 
 
 def test_moving_data_counts_nothing() -> None:

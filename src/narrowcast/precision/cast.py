@@ -22,15 +22,8 @@ from torch import Tensor, nn
 from narrowcast.errors import UnknownName, UsageError
 from narrowcast.policy import Policy
 from narrowcast.precision.autocast_rules import Rehearsal, rehearse
-from narrowcast.precision.islands import (
-    HOOKS,
-    CastInputs,
-    CastOutputs,
-    EnterIsland,
-    LeaveIsland,
-    restore_autocast,
-    switch_autocast_off,
-)
+from narrowcast.precision.full_precision import full_precision, own_tensors
+from narrowcast.precision.islands import HOOKS, CastInputs, CastOutputs, EnterIsland, LeaveIsland
 
 __all__ = [
     "AutocastContext",
@@ -180,9 +173,9 @@ def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) 
     kept = _kept_modules(model, policy)
     _remove_hooks(model)
     model.to(device)
-    _cast_weights(model, kept, torch_dtype(policy.param))
-    for module in kept:
-        module.register_forward_pre_hook(EnterIsland(), with_kwargs=True, prepend=True)
+    _cast_weights(model, list(kept), torch_dtype(policy.param))
+    for module, entry in kept.items():
+        module.register_forward_pre_hook(EnterIsland(entry), with_kwargs=True, prepend=True)
         module.register_forward_hook(LeaveIsland(), always_call=True)
     if policy.keeps_master:
         return
@@ -196,28 +189,41 @@ def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) 
     model.register_forward_hook(CastOutputs(torch_dtype(policy.output)))
 
 
-def _kept_modules(model: nn.Module, policy: Policy) -> list[nn.Module]:
-    """List the modules that the policy keeps; every entry must match at least one."""
+def _kept_modules(model: nn.Module, policy: Policy) -> dict[nn.Module, str]:
+    """Map modules that the policy keeps to the entry that does; every entry must match one."""
     named = [
         (name, module, tuple(f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__))
         for name, module in model.named_modules()
     ]
+    entries: dict[nn.Module, str] = {}
     for entry in policy.keep_fp32:
         one = dataclasses.replace(policy, keep_fp32=(entry,))
-        if not any(one.keeps(name, classes) for name, _, classes in named):
+        matched = [module for name, module, classes in named if one.keeps(name, classes)]
+        if not matched:
             raise _no_match(entry, [n for n, _, _ in named if n], [c[0] for *_, c in named])
-    return [module for name, module, classes in named if policy.keeps(name, classes)]
+        for module in matched:
+            entries.setdefault(module, entry)
+    return {module: entries[module] for _, module, _ in named if module in entries}
+
+
+_LISTED = 12  # module names in a hint: two lines of a terminal
 
 
 def _no_match(entry: str, names: list[str], classes: list[str]) -> UsageError:
-    """Say that an entry of keep_fp32 matches nothing, with the nearest name that exists."""
+    """Say that an entry of keep_fp32 matches nothing, with the names that exist."""
+    message = f"keep_fp32 entry {entry!r} matches no module of the model"
+    if not names:
+        return UsageError(
+            message, hint="the model has no named modules; '*' keeps all of it in fp32"
+        )
     known = sorted(set(names) | {f"class:{c}" for c in classes})
-    near = difflib.get_close_matches(entry, known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(entry, known, n=1, cutoff=0.5)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return UsageError(
-        f"keep_fp32 entry {entry!r} matches no module of the model",
-        hint=f"did you mean {near[0]!r}? Entries are globs on dotted module names, or classes"
-        if near
-        else "the model has no named modules; '*' keeps all of it in fp32",
+        message,
+        hint=f"{guess}entries are globs on dotted module names, or classes; "
+        f"modules: {', '.join(names[:_LISTED])}{more}",
     )
 
 
@@ -240,7 +246,7 @@ def _cast_weights(model: nn.Module, kept: list[nn.Module], dtype: torch.dtype) -
     targets: dict[int, tuple[str, Tensor, torch.dtype]] = {}
     for module_name, module in model.named_modules():
         wanted = torch.float32 if id(module) in island else dtype
-        for name, tensor in _own_tensors(module):
+        for name, tensor in own_tensors(module):
             first = targets.setdefault(id(tensor), (f"{module_name}.{name}", tensor, wanted))
             if first[2] != wanted:
                 raise UsageError(
@@ -252,13 +258,6 @@ def _cast_weights(model: nn.Module, kept: list[nn.Module], dtype: torch.dtype) -
         _set_dtype(tensor, wanted)
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a module's own floating-point parameters and buffers."""
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and tensor.is_floating_point():
-            yield name, tensor
-
-
 def _set_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.dtype == dtype:
         return
@@ -266,41 +265,6 @@ def _set_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
     tensor.data = tensor.data.to(dtype)
     if gradient is not None:
         tensor.grad = gradient.to(dtype)
-
-
-@contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """Run the model in fp32 from its stored weights, even inside somebody's autocast.
-
-    Weights and buffers of less than four bytes are widened for the time being (which costs their
-    fp32 size in memory) and afterwards are the same storage with the same bits; what is written to
-    them meanwhile is discarded. Training or evaluation mode is left alone.
-    """
-    narrow = {
-        id(tensor): (tensor, tensor.data)  # a shared weight once
-        for module in model.modules()
-        for _, tensor in _own_tensors(module)
-        if tensor.element_size() < 4
-    }.values()
-    hooks = [
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if isinstance(hook, (CastInputs, CastOutputs)) and hook.active
-    ]
-    states = switch_autocast_off()
-    try:
-        for hook in hooks:
-            hook.active = False
-        for tensor, data in narrow:
-            tensor.data = data.to(torch.float32)
-        yield
-    finally:
-        for tensor, data in narrow:
-            tensor.data = data
-        for hook in hooks:
-            hook.active = True
-        restore_autocast(states)
 
 
 # Where "fp32" may silently mean less: (backend, operation) of torch's own switches. cuDNN's

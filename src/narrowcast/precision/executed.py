@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # the only way to see below autocast
 
 from narrowcast.policy import Policy
@@ -51,10 +51,11 @@ _MOVES = _names(
 _ENDING = re.compile(r"(_dense)?_(backward|backward_data|forward|backward_elemt)\Z")
 _KINDS = (
     ("optimizer", re.compile(r"_foreach_|_fused_(adam|sgd|adagrad)|_amp_")),
-    ("attention", re.compile(r".*(attention|flash_attn)")),
+    # _safe_softmax is made by scaled_dot_product_attention alone, where no fused kernel exists.
+    ("attention", re.compile(r".*(attention|flash_attn)|_safe_softmax\Z")),
     ("rnn", re.compile(r".*(_rnn|lstm|gru)(\Z|_)")),
     ("conv", re.compile(r".*conv(_|olution|\Z)")),
-    ("softmax", re.compile(r"_(log_|safe_)?softmax\Z")),
+    ("softmax", re.compile(r"_(log_)?softmax\Z")),
     ("layer_norm", re.compile(r".*(layer|rms)_norm")),
     ("batch_norm", re.compile(r".*(batch_norm|group_norm)")),
     ("embedding", re.compile(r".*embedding")),
@@ -76,6 +77,11 @@ class ExecutedDtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._counts: defaultdict[str, defaultdict[str, int]] = defaultdict(
             lambda: defaultdict(int)
         )
+        self._read: set[int] = set()
+
+    def has_read(self, weight: nn.Parameter) -> bool:
+        """Whether an operation had this parameter, itself and no view of it, as an argument."""
+        return id(weight) in self._read
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -89,6 +95,7 @@ class ExecutedDtypes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        self._read.update(id(value) for value in args if isinstance(value, nn.Parameter))
         result = func(*args, **(kwargs or {}))
         kind = _kind_of(func)
         name = None if kind is None else _format(kind, args, result)
@@ -155,24 +162,31 @@ def _product_format(kind: str, source: Tensor) -> str:
 
 
 def honoured(
-    policy: Policy, counts: Mapping[str, Mapping[str, int]]
+    policy: Policy,
+    counts: Mapping[str, Mapping[str, int]],
+    unused: Mapping[str, str] | None = None,
 ) -> tuple[bool, tuple[str, ...]]:
     """Whether every product and convolution executed in the policy's compute format, and notes.
 
-    Where the policy keeps modules in fp32, their calls are allowed for, and counted in a note.
+    Where the policy keeps modules in fp32, their calls are allowed for, and counted in a note;
+    `unused` are those that `islands.unused_islands` found to be kept in vain.
     """
     heavy = {kind: counts[kind] for kind in _HEAVY if counts.get(kind)}
     if not heavy:
         return True, ("nothing to execute in low precision: no matrix product or convolution ran",)
     allowed = {policy.compute} | ({"fp32"} if policy.keep_fp32 else set())
-    strays = [
+    failures = [
         f"{calls} of {sum(by.values())} {kind} calls executed in {name}, not in {policy.compute}"
         for kind, by in heavy.items()
         for name, calls in by.items()
         if name not in allowed
     ]
-    if strays:
-        return False, (*strays, *_likely_reason(policy, heavy))
+    if failures:
+        failures += _likely_reason(policy, heavy)
+    if policy.compute != "fp32":
+        failures += [_in_vain(name, entry) for name, entry in (unused or {}).items()]
+    if failures:
+        return False, tuple(failures)
     kept = sum(by.get("fp32", 0) for by in heavy.values())
     if policy.compute == "fp32" or not policy.keep_fp32:
         return True, ()
@@ -182,10 +196,17 @@ def honoured(
     return True, (f"{kept} calls executed in fp32, in modules that are kept so: {modules}",)
 
 
+def _in_vain(name: str, entry: str) -> str:
+    return (
+        f'keep_fp32 "{entry}" had no effect on {name}: it is never called, its weight is used '
+        "elsewhere"
+    )
+
+
 def _likely_reason(policy: Policy, heavy: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
     """Explain the one case in which torch itself multiplies in fp32 under a 16-bit policy."""
-    products = heavy.get("matmul", {})
-    if policy.compute not in ("fp16", "bf16") or not products.get("fp32"):
+    in_fp32 = all(heavy.get(kind, {}).get("fp32") for kind in ("matmul", "attention"))
+    if policy.compute not in ("fp16", "bf16") or not in_fp32:
         return ()
     reason = (
         "scaled_dot_product_attention multiplies in fp32 where torch has no fused kernel for it"

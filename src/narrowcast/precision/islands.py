@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "cast_nest",
     "restore_autocast",
     "switch_autocast_off",
+    "unused_islands",
 ]
 
 
@@ -64,11 +66,20 @@ _DEVICE_TYPES = ("cpu", "cuda")
 
 
 class EnterIsland:
-    """Forward pre-hook: autocast off, 16-bit inputs widened to fp32."""
+    """Forward pre-hook: autocast off, 16-bit inputs widened to fp32.
+
+    `entry` is the entry of keep_fp32 that made the island.
+    """
+
+    def __init__(self, entry: str) -> None:
+        self.entry = entry
+        self.was_entered = False  # a flag and no count, which torch.compile would guard on
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        if not self.was_entered:
+            self.was_entered = True
         _STATES.stack.append((module, switch_autocast_off()))
         return cast_nest(args, torch.float32), cast_nest(kwargs, torch.float32)
 
@@ -84,6 +95,36 @@ class LeaveIsland:
             if entered is module:
                 restore_autocast(states)
                 return
+
+
+def unused_islands(model: nn.Module, is_read: Callable[[nn.Parameter], bool]) -> dict[str, str]:
+    """Map islands that were never entered, though their weights were read, to their entries.
+
+    A weight of such a module is used by another (``F.linear(x, self.head.weight)``), or its
+    children are called and it is not (a ModuleList): there is no edge at which to switch. Weights
+    of an island that was entered are safe, however many islands hold them; a branch that did not
+    run reads none.
+    """
+    hooks = {
+        name: hook
+        for name, module in model.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, EnterIsland)
+    }
+    safe = {
+        id(weight)
+        for name, hook in hooks.items()
+        if hook.was_entered
+        for weight in model.get_submodule(name).parameters()
+    }
+    return {
+        name: hook.entry
+        for name, hook in hooks.items()
+        if any(
+            id(weight) not in safe and is_read(weight)
+            for weight in model.get_submodule(name).parameters()
+        )
+    }
 
 
 def switch_autocast_off() -> list[tuple[str, bool]]:

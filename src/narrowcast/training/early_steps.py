@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from narrowcast.engine.engine import Engine
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.precision.executed import ExecutedDtypes, honoured
+from narrowcast.precision.islands import unused_islands
 from narrowcast.records.run import RunRecord
 
 __all__ = ["DTYPES_AT", "MEMORY_AT", "EarlySteps", "PeakMemory"]
@@ -85,8 +86,9 @@ class EarlySteps:
         share of modules that are kept so.
         """
         counts = self._dtypes.counts
+        unused = unused_islands(self._engine.model, self._dtypes.has_read)
         self._dtypes = ExecutedDtypes()
-        is_honoured, notes = honoured(self._engine.policy, counts)
+        is_honoured, notes = honoured(self._engine.policy, counts, unused)
         if record.precision_honoured is not None and notes != record.precision_notes:
             notes = (*record.precision_notes, *(f"on step {step}: {note}" for note in notes))
         return replace(
