@@ -25,7 +25,7 @@ ENVIRONMENT = Environment(
 
 def no_harm(assignment: Assignment) -> float:
     """fp32's loss depends on the seed; the others lie a little beside it, seed by seed."""
-    beside = {"fp32": 0.0, "fp16": 0.3, "bf16": 0.7}[assignment.policy.name]
+    beside = {"fp32": 0.0, "fp16": 0.3, "bf16": 0.7}[assignment.plan.name]
     wobble = (assignment.seed * 7919 % 13 - 6) / 1000
     return 1 + assignment.seed % 17 / 10 + beside * wobble + 1e-6 * assignment.perturb
 
@@ -61,8 +61,8 @@ class FakeTrainer:
                 "recipe": "fake",
                 "recipe_path": "fake.py",
                 "options": {},
-                "precision": assignment.policy.name,
-                "policy": to_json(assignment.policy),
+                "precision": assignment.plan.name,
+                "plan": to_json(assignment.plan),
                 "seed": assignment.seed,
                 "planned_steps": assignment.steps,
                 "completed_steps": assignment.steps,
@@ -95,7 +95,7 @@ class FakeTrainer:
 
     @staticmethod
     def _evaluations(assignment: Assignment, final: float) -> tuple[Evaluation, ...]:
-        step, names = assignment.steps, dict.fromkeys(("fp32", assignment.policy.name))
+        step, names = assignment.steps, dict.fromkeys(("fp32", assignment.plan.name))
         return tuple(
             Evaluation(step=step, precision=name, metrics={"loss": final}, examples=10)
             for name in names

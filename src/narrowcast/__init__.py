@@ -16,22 +16,42 @@ if TYPE_CHECKING:
     from narrowcast.engine.engine import StepReport as StepReport
     from narrowcast.errors import NarrowcastError as NarrowcastError
     from narrowcast.errors import PrecisionError as PrecisionError
+    from narrowcast.loss.cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from narrowcast.loss.heads import chunked_logits as chunked_logits
     from narrowcast.memory.measure import MemoryLedger as MemoryLedger
+    from narrowcast.optim.adamw import AdamW as AdamW
+    from narrowcast.optim.lion import Lion as Lion
+    from narrowcast.optim.sgd import SGD as SGD
+    from narrowcast.plan import ActivationRule as ActivationRule
+    from narrowcast.plan import Plan as Plan
+    from narrowcast.plan import plan_named as plan_named
     from narrowcast.policy import Policy as Policy
     from narrowcast.policy import policy_named as policy_named
+    from narrowcast.prediction.predict import predict_memory as predict_memory
+    from narrowcast.prediction.predict import predict_step_memory as predict_step_memory
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActivationRule": "narrowcast.plan",
+    "AdamW": "narrowcast.optim.adamw",
     "Engine": "narrowcast.engine.engine",
     "GradScaler": "narrowcast.dropin.grad_scaler",
+    "Lion": "narrowcast.optim.lion",
     "MemoryLedger": "narrowcast.memory.measure",
     "NarrowcastError": "narrowcast.errors",
+    "Plan": "narrowcast.plan",
     "Policy": "narrowcast.policy",
     "PrecisionError": "narrowcast.errors",
+    "SGD": "narrowcast.optim.sgd",
     "StepReport": "narrowcast.engine.engine",
     "autocast": "narrowcast.dropin.autocast",
+    "chunked_logits": "narrowcast.loss.heads",
+    "linear_cross_entropy": "narrowcast.loss.cross_entropy",
+    "plan_named": "narrowcast.plan",
     "policy_named": "narrowcast.policy",
+    "predict_memory": "narrowcast.prediction.predict",
+    "predict_step_memory": "narrowcast.prediction.predict",
 }
 
 __all__ = [  # noqa: PLE0604 -- the table above is the one list of public names

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from narrowcast.errors import CheckpointError, DataError, UsageError
@@ -37,6 +38,7 @@ __all__ = [
     "batch_len",
     "epoch_order",
     "evaluation_batches",
+    "split_batch",
     "to_device",
 ]
 
@@ -202,6 +204,34 @@ def batch_len(batch: Any) -> int:
         f"cannot tell how many samples a batch of type {type(batch).__name__} holds",
         hint="let collate() return tensors whose first dimension is the batch",
     )
+
+
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Cut a batch into equal micro-batches along its samples, in their order; views, no copies.
+
+    Tensors whose first dimension is the batch are cut, everything else goes into each part.
+    Raises DataError where the samples do not divide by `parts`.
+    """
+    if parts == 1:
+        return [batch]
+    size = batch_len(batch)
+    if size % parts:
+        raise DataError(
+            f"a batch of {size} samples cannot be cut into {parts} equal micro-batches",
+            hint=f"choose a number of micro-batches that divides {size}",
+        )
+
+    def part(index: int) -> Any:
+        width = size // parts
+
+        def cut(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 0 or tensor.shape[0] != size:
+                return tensor
+            return tensor[index * width : (index + 1) * width]
+
+        return tree_map_only(Tensor, cut, batch)
+
+    return [part(index) for index in range(parts)]
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

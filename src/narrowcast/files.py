@@ -130,7 +130,8 @@ def cannot_write(path: Path, error: OSError) -> RunDirectoryError:
     """Turn an OSError into the error that a user reads, with what to do about it."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    hint = "free some disk space, then continue with --resume" if full else "choose another place"
+    again = "free some disk space, then give the same command again (train: with --resume)"
+    hint = again if full else "choose another place"
     return RunDirectoryError(f"cannot write {path}: {reason}", hint=hint)
 
 

@@ -5,12 +5,14 @@ looks like all others. The step is the engine's own, so gradients are there from
 update and nowhere else.
 
 For autocast policies the same step is measured in fp32 too, and forward and backward at other batch
-sizes until the break-even is known (``break_even``).
+sizes until the break-even is known (``break_even``). ``prediction`` takes the same steps on the
+same bench, with tensors that have sizes and no contents.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,18 +23,36 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from narrowcast.data import BatchStream, MapDataset, batch_len, evaluation_batches, to_device
+from narrowcast.data import (
+    BatchStream,
+    MapDataset,
+    batch_len,
+    evaluation_batches,
+    split_batch,
+    to_device,
+)
 from narrowcast.engine.engine import Engine
+from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import PrecisionError, RecipeError
 from narrowcast.memory.break_even import Bracket, Sides, break_even_of, search
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.memory.storages import tensors_in
+from narrowcast.plan import Plan
 from narrowcast.policy import Policy, policy_named
 from narrowcast.precision.cast import backward_context, forward_context, numeric_settings
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.memory import BreakEven, MemoryRecord
 
-__all__ = ["measure_recipe"]
+__all__ = [
+    "Bench",
+    "Measurements",
+    "as_plan",
+    "break_even_search",
+    "first_batch",
+    "measure_recipe",
+    "notes_on",
+    "sides_of",
+]
 
 _WARM_UP_STEPS = 2
 # Dynamic loss scaling may have to come down from 2**16 before the first step is applied.
@@ -43,7 +63,7 @@ _MOST_REAL_BYTES = 2**30
 
 def measure_recipe(
     recipe: Recipe,
-    policy: Policy,
+    plan: Plan | Policy,
     device: torch.device,
     *,
     seed: int = 0,
@@ -57,15 +77,18 @@ def measure_recipe(
     Raises PrecisionError if no step of the first thirty is applied.
     """
     devices = [device] if device.type == "cuda" else []
+    plan = as_plan(plan)
+    policy = plan.policy
     with torch.random.fork_rng(devices=devices), numeric_settings(policy):
         torch.manual_seed(seed)
-        bench = _Bench.of(recipe, policy, device, seed)
-        ledger = _steady_step(bench, warm_up=_WARM_UP_STEPS)
+        data, batch = first_batch(recipe, recipe.batch_size, seed)
+        bench = Bench.of(recipe, plan, device, data=data, batch=batch)
+        ledger = bench.steady_step(warm_up=_WARM_UP_STEPS)
         record = replace(
-            ledger.record(recipe=recipe.name, precision=policy.name, batch_size=bench.size),
+            ledger.record(recipe=recipe.name, precision=plan.name, batch_size=bench.size),
             options=option_values(recipe),
         )
-        record = replace(record, notes=(*_notes(policy, device), *record.notes))
+        record = replace(record, notes=(*notes_on(policy, device), *record.notes))
         if cross_check:
             record = _cross_checked(record, bench)
         if break_even and policy.autocasts:
@@ -73,54 +96,110 @@ def measure_recipe(
     return record
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Bench:
-    """A recipe set up to take steps on one fixed batch."""
+def as_plan(asked: Plan | Policy) -> Plan:
+    """Return a plan as it is, and a policy as the plan that adds nothing to it."""
+    return asked if isinstance(asked, Plan) else Plan(name=asked.name, policy=asked)
 
-    recipe: Recipe
-    policy: Policy
-    device: torch.device
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A training set up to take steps on one fixed batch."""
+
+    name: str
+    plan: Plan
     model: nn.Module
     optimizer: Optimizer
     engine: Engine
-    data: MapDataset
+    loss: Callable[[nn.Module, Any], Tensor]
     batch: Any
+    batch_of: Callable[[int], Any]
+    """Returns a batch of another size, on the CPU."""
+    stepping: AbstractContextManager[Any]
+    """What ``engine.step()`` runs under."""
 
     @classmethod
-    def of(cls, recipe: Recipe, policy: Policy, device: torch.device, seed: int) -> _Bench:
-        data, _ = recipe.load_data()
-        _, batch = next(BatchStream(data, recipe.batch_size, seed=seed, collate=recipe.collate))
-        model = recipe.build_model()
-        optimizer = recipe.build_optimizer(model)
-        engine = Engine(model, optimizer, policy, device=device)
+    def of(
+        cls,
+        recipe: Recipe,
+        plan: Plan,
+        device: torch.device,
+        *,
+        data: MapDataset,
+        batch: Any,
+        model: nn.Module | None = None,
+        stepping: AbstractContextManager[Any] | None = None,
+    ) -> Bench:
+        """Put a recipe's training together on a device, with a batch of its data."""
+        model = (recipe.build_model() if model is None else model).to(device)
+        optimizer = planned_optimizer(recipe.build_optimizer(model), model, plan)
         return cls(
-            recipe=recipe,
-            policy=policy,
-            device=device,
+            name=recipe.name,
+            plan=plan,
             model=model,
             optimizer=optimizer,
-            engine=engine,
-            data=data,
+            engine=Engine(model, optimizer, plan, device=device),
+            loss=recipe.compute_loss,
             batch=to_device(batch, device),
+            batch_of=lambda size: _batch_of(recipe, data, size),
+            stepping=nullcontext() if stepping is None else stepping,
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def policy(self) -> Policy:
+        return self.engine.policy
 
     @property
     def size(self) -> int:
         return batch_len(self.batch)
 
-    def in_fp32(self) -> _Bench:
+    def in_fp32(self) -> Bench:
         """Return the same model and optimizer under the fp32 policy."""
         policy = replace(policy_named("fp32"), keep_fp32=self.policy.keep_fp32)
-        engine = Engine(self.model, self.optimizer, policy, device=self.device)
-        return replace(self, policy=policy, engine=engine)
+        plan = replace(self.plan, name=policy.name, policy=policy)
+        engine = Engine(self.model, self.optimizer, plan, device=self.device)
+        return replace(self, plan=plan, engine=engine)
 
     def step(self) -> bool:
         """Take one training step; returns whether it was applied."""
         self.model.train()
-        with self.engine.forward():
-            loss = self.recipe.compute_loss(self.model, self.batch)
-        self.engine.backward(loss)
-        return self.engine.step().applied
+        applied = False
+        for part in split_batch(self.batch, self.plan.micro_batches):
+            with self.engine.forward():
+                loss = self.loss(self.model, part)
+            self.engine.backward(loss)
+            with self.stepping:
+                applied = self.engine.step().applied
+        return applied
+
+    def steady_step(self, *, warm_up: int) -> MemoryLedger:
+        """Measure the first applied step after `warm_up` applied ones."""
+        applied = 0
+        for _ in range(_MOST_STEPS):
+            if applied < warm_up:
+                applied += self.step()
+                continue
+            ledger = MemoryLedger(self.model, self.optimizer, device=self.device)
+            with ledger:
+                ledger.inputs(self.batch)
+                done = self.step()
+            if done:
+                return ledger
+        raise PrecisionError(
+            f"no steady step to measure: of {_MOST_STEPS} steps of {self.name} in "
+            f"{self.plan.name}, {applied} were applied",
+            hint="train it first: `narrowcast train` names what overflows",
+        )
+
+
+def first_batch(recipe: Recipe, size: int, seed: int) -> tuple[MapDataset, Any]:
+    """Return a recipe's training data, and the batch that a training of this seed begins with."""
+    data, _ = recipe.load_data()
+    _, batch = next(BatchStream(data, size, seed=seed, collate=recipe.collate))
+    return data, batch
 
 
 def _batch_of(recipe: Recipe, data: MapDataset, size: int) -> Any:
@@ -143,27 +222,8 @@ class _Repeated:
         return self.data[index % len(self.data)]
 
 
-def _steady_step(bench: _Bench, *, warm_up: int) -> MemoryLedger:
-    """Measure the first applied step after `warm_up` applied ones."""
-    applied = 0
-    for _ in range(_MOST_STEPS):
-        if applied < warm_up:
-            applied += bench.step()
-            continue
-        ledger = MemoryLedger(bench.model, bench.optimizer, device=bench.device)
-        with ledger:
-            ledger.inputs(bench.batch)
-            done = bench.step()
-        if done:
-            return ledger
-    raise PrecisionError(
-        f"no steady step to measure: of {_MOST_STEPS} steps of {bench.recipe.name} in "
-        f"{bench.policy.name}, {applied} were applied",
-        hint="train it first: `narrowcast train` names what overflows",
-    )
-
-
-def _notes(policy: Policy, device: torch.device) -> list[str]:
+def notes_on(policy: Policy, device: torch.device) -> list[str]:
+    """Say what a reader of the lines should know about a policy."""
     notes = []
     if policy.autocasts:
         notes.append(
@@ -175,7 +235,7 @@ def _notes(policy: Policy, device: torch.device) -> list[str]:
     return notes
 
 
-def _cross_checked(record: MemoryRecord, bench: _Bench) -> MemoryRecord:
+def _cross_checked(record: MemoryRecord, bench: Bench) -> MemoryRecord:
     """Repeat the step under torch's own tracker and record what it counts."""
     # Imported here because it pulls in all of torch.distributed, for this option alone.
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -200,25 +260,29 @@ def _cross_checked(record: MemoryRecord, bench: _Bench) -> MemoryRecord:
     return replace(record, memtracker_peak_bytes=total, notes=(*record.notes, note))
 
 
-def _break_even(bench: _Bench, record: MemoryRecord, ledger: MemoryLedger) -> BreakEven:
+def _break_even(bench: Bench, record: MemoryRecord, ledger: MemoryLedger) -> BreakEven:
     """Search with sizes alone where that is possible, and measure at the answer."""
     fp32 = bench.in_fp32()
-    fp32_ledger = _steady_step(fp32, warm_up=1)
+    fp32_ledger = fp32.steady_step(warm_up=1)
     size = record.batch_size
-    real = _Measurements(bench, fp32.policy, {size: _sides(ledger, fp32_ledger)})
-    fake = real.with_fake_tensors()
-    # Batch norm refuses a batch of one, and nobody trains with it who has the choice.
-    least = min(2, size)
-    bracket = search(fake.excess, size, least=least)
+    real = Measurements(bench, fp32.policy, known={size: sides_of(ledger, fp32_ledger)})
+    fake = _without_contents(real)
+    bracket = break_even_search(fake, size)
     if fake is not real and not real.agrees_with(bracket):
         fake = real
-        bracket = search(real.excess, size, least=least)
+        bracket = break_even_search(real, size)
     return break_even_of(
         record, fp32_ledger.record(), bracket, fake.known | real.known, measured=set(real.known)
     )
 
 
-def _sides(autocast: MemoryLedger, fp32: MemoryLedger) -> Sides:
+def break_even_search(measurements: Measurements, size: int) -> Bracket:
+    """Find between which batch sizes autocast begins to hold no more than fp32."""
+    # Batch norm refuses a batch of one, and nobody trains with it who has the choice.
+    return search(measurements.excess, size, least=min(2, size))
+
+
+def sides_of(autocast: MemoryLedger, fp32: MemoryLedger) -> Sides:
     """Compare two steps; the optimizer's state, the same in both, is left out.
 
     When backward makes its first operation, autocast's cache is empty and no saved tensor has been
@@ -235,43 +299,38 @@ def _sides(autocast: MemoryLedger, fp32: MemoryLedger) -> Sides:
     )
 
 
-class _Measurements:
+class Measurements:
     """Forward and backward at any batch size, under autocast and in fp32: `known` holds them all.
 
     With real tensors only as far as memory is sure to suffice. With fake ones, which have sizes
-    and no contents, a batch of thousands costs neither memory nor time; they see what operations
-    return, not what a kernel really allocates for it (mse_loss on a CPU returns a scalar in the
-    storage of its elementwise result), so that what they find is measured with real ones.
+    and no contents, a batch of thousands costs neither memory nor time but for the batch itself:
+    `surroundings` is what they live in, `fake` makes them, and `within` is entered under a ledger.
     """
 
-    def __init__(self, bench: _Bench, fp32: Policy, known: dict[int, Sides]) -> None:
-        self.known = known
-        self._bench = bench
-        self._fp32 = fp32
-        self._model = bench.model
-        self._fake: FakeTensorMode | None = None
-
-    def with_fake_tensors(self) -> _Measurements:
-        """Return the same on fake tensors, or this one for a GPU or a recipe that reads values."""
-        if self._bench.device.type != "cpu":
-            return self
-        fake = _Measurements(self._bench, self._fp32, {})
-        fake._fake = FakeTensorMode()
-        try:
-            with FakeCopyMode(fake._fake):
-                fake._model = copy.deepcopy(self._bench.model)
-            fake.excess(self._bench.size)
-        except Exception:  # noqa: BLE001 -- whatever fake tensors cannot follow, real ones can
-            return self
-        return fake
+    def __init__(
+        self,
+        bench: Bench,
+        fp32: Policy,
+        *,
+        known: dict[int, Sides] | None = None,
+        surroundings: AbstractContextManager[Any] | None = None,
+        fake: Callable[[Any], Any] | None = None,
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.known = {} if known is None else known
+        self.bench = bench
+        self.fp32 = fp32
+        self._surroundings = nullcontext() if surroundings is None else surroundings
+        self._fake = fake
+        self._within = within
 
     def excess(self, size: int) -> int | None:
         """Return by how much autocast's peak is above fp32's; None if the batch is too large."""
         if size not in self.known:
-            if self._fake is None and self._is_too_large(size):
+            if self._is_too_large(size):
                 return None
-            autocast = self._ledger(self._bench.policy, size)
-            self.known[size] = _sides(autocast, self._ledger(self._fp32, size))
+            autocast = self._ledger(self.bench.policy, size)
+            self.known[size] = sides_of(autocast, self._ledger(self.fp32, size))
         return self.known[size].excess
 
     def agrees_with(self, bracket: Bracket) -> bool:
@@ -281,28 +340,57 @@ class _Measurements:
         return (more is None or more > 0) and (less is None or less <= 0)
 
     def _ledger(self, policy: Policy, size: int) -> MemoryLedger:
-        bench, kind = self._bench, self._bench.device.type
-        batch = to_device(_batch_of(bench.recipe, bench.data, size), bench.device)
-        surroundings: AbstractContextManager[Any] = nullcontext()
+        bench, kind = self.bench, self.bench.device.type
+        batch = to_device(bench.batch_of(size), bench.device)
         if self._fake is not None:
-            batch = tree_map_only(Tensor, self._fake.from_tensor, batch)
-            surroundings = self._fake
-        self._model.train()
-        ledger = MemoryLedger(self._model, device=bench.device)
-        with surroundings, ledger:
+            batch = self._fake(batch)
+        bench.model.train()
+        ledger = MemoryLedger(bench.model, device=bench.device)
+        with self._surroundings, ledger, self._within():
             ledger.inputs(batch)
             with forward_context(policy, kind):
-                loss = bench.recipe.compute_loss(self._model, batch)
+                loss = bench.loss(bench.model, batch)
             with backward_context(policy, kind):
                 torch.autograd.backward(loss)
-        for parameter in self._model.parameters():
+        for parameter in bench.model.parameters():
             parameter.grad = None
         return ledger
 
     def _is_too_large(self, size: int) -> bool:
+        """Whether memory might not suffice: for all, or with fake tensors for the batch alone."""
+        if size <= self.bench.size:
+            return False
+        if self._fake is not None:
+            batch = sum(tensor.nbytes for tensor in tensors_in(self.bench.batch))
+            return batch * size / self.bench.size > _MOST_REAL_BYTES
         largest = max(self.known)
         peak = sum(self.known[largest].fp32.values())
         free = _MOST_REAL_BYTES
-        if self._bench.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self._bench.device)[0] // 2
+        if self.bench.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.bench.device)[0] // 2
         return peak * size / largest > free
+
+
+def _without_contents(real: Measurements) -> Measurements:
+    """Return the same on fake tensors, or `real` for a GPU or a recipe that reads values.
+
+    They show what operations return, not what a kernel really allocates for it (mse_loss on a CPU
+    returns a scalar in the storage of its elementwise result), so that what they find is measured
+    with real ones.
+    """
+    if real.bench.device.type != "cpu":
+        return real
+    mode = FakeTensorMode()
+    try:
+        with FakeCopyMode(mode):
+            model = copy.deepcopy(real.bench.model)
+        fake = Measurements(
+            replace(real.bench, model=model),
+            real.fp32,
+            surroundings=mode,
+            fake=lambda batch: tree_map_only(Tensor, mode.from_tensor, batch),
+        )
+        fake.excess(real.bench.size)
+    except Exception:  # noqa: BLE001 -- whatever fake tensors cannot follow, real ones can
+        return real
+    return fake

@@ -10,7 +10,7 @@ import torch
 
 from narrowcast.comparison.compare import compare, plan_comparison
 from narrowcast.comparison.study import COMPARISON_FILE
-from narrowcast.policy import policy_named
+from narrowcast.plan import plan_named
 from narrowcast.recipes.load import load_recipe
 
 pytestmark = pytest.mark.gpu
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.gpu
 def test_a_comparison_on_cuda_starts_alike_measures_and_is_repeatable(tmp_path: Path) -> None:
     """fp32, tf32, fp16 and bf16 on two seeds: same starts, own dtypes, memory, and equal twice."""
     recipe = load_recipe("fashion", ["width=512", "batch_size=64"])
-    policies = [policy_named(name) for name in ("fp32", "tf32", "fp16", "bf16")]
+    plans = [plan_named(name) for name in ("fp32", "tf32", "fp16", "bf16")]
     plan = plan_comparison(
-        recipe, policies, seeds=2, steps=40, margin="50%", device=torch.device("cuda")
+        recipe, plans, seeds=2, steps=40, margin="50%", device=torch.device("cuda")
     )
 
     record = compare(plan, tmp_path / "one")

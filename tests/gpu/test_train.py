@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from narrowcast.policy import policy_named
+from narrowcast.plan import plan_named
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import RunRecord, StepPoint
 from narrowcast.training import checkpoint
@@ -35,7 +35,7 @@ def run(
 ) -> RunRecord:
     return train(
         load_recipe(recipe),
-        policy_named(precision),
+        plan_named(precision),
         options or TrainOptions(measure=False, evaluate_every=4, clip_norm=1.0),
         directory,
         device=torch.device("cuda"),
@@ -77,7 +77,7 @@ def test_built_in_recipes_are_exact(
     record = verify_resume(
         recipe,
         (overrides,),
-        policy_named(precision),
+        plan_named(precision),
         TrainOptions(steps=6),
         tmp_path,
         device=torch.device("cuda"),
@@ -94,7 +94,7 @@ def test_peak_memory_and_executed_dtypes_are_the_devices(tmp_path: Path, precisi
     assert record.memory is not None
     assert record.peak_bytes is not None
     assert record.peak_bytes >= record.memory.total_peak_bytes > 0
-    assert set(record.executed_dtypes["matmul"]) == {policy_named(precision).compute}
+    assert set(record.executed_dtypes["matmul"]) == {plan_named(precision).compute}
     assert record.precision_honoured is True
     assert record.environment.device.startswith("cuda")
 
@@ -104,7 +104,7 @@ def test_the_same_seed_starts_from_the_same_weights_on_both_devices(tmp_path: Pa
     on_gpu = run(tmp_path / "gpu", "fp32")
     on_cpu = train(
         load_recipe(SMALL),
-        policy_named("fp32"),
+        plan_named("fp32"),
         TrainOptions(measure=False),
         tmp_path / "cpu",
         device=torch.device("cpu"),

@@ -89,8 +89,8 @@ def test_every_option_reaches_the_run(narrowcast: Shell) -> None:
     assert record["options"]["width"] == 8
     assert (record["planned_steps"], record["seed"]) == (6, 3)
     assert (record["accumulate"], record["clip_norm"]) == (2, 0.5)
-    assert record["policy"]["autocast_rules"] == "cuda"
-    assert record["policy"]["keep_fp32"] == ["layers.3"]
+    assert record["plan"]["policy"]["autocast_rules"] == "cuda"
+    assert record["plan"]["policy"]["keep_fp32"] == ["layers.3"]
     assert [e["step"] for e in record["evaluations"]] == [2, 2, 4, 4, 6, 6]
     assert [p.name for p in checkpoint.checkpoints_in(Path("here/checkpoints"))] == [
         "step-00000003.safetensors", "step-00000006.safetensors",

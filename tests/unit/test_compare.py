@@ -30,7 +30,7 @@ from narrowcast.errors import (
     UnsupportedPrecision,
     UsageError,
 )
-from narrowcast.policy import policy_named
+from narrowcast.plan import plan_named
 from narrowcast.recipes.load import load_recipe
 from narrowcast.training.run_directory import RunDirectory
 
@@ -89,8 +89,8 @@ def plan(
     file: Path, precisions: str = "fp32,bf16", overrides: Sequence[str] = (), **request: object
 ) -> Plan:
     options = {"seeds": 2, "device": CPU} | request
-    policies = [policy_named(name) for name in precisions.split(",")]
-    return plan_comparison(load_recipe(file, overrides), policies, **options)  # type: ignore[arg-type]
+    plans = [plan_named(name) for name in precisions.split(",")]
+    return plan_comparison(load_recipe(file, overrides), plans, **options)  # type: ignore[arg-type]
 
 
 def test_a_plan_fixes_all_that_the_protocol_names(recipe_file: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_plan_fixes_all_that_the_protocol_names(recipe_file: Path) -> None:
     assert (made.margin, made.margin_text, made.margin_kind) == (0.01, "1%", "relative")
     assert (made.steps, len(made.seeds), made.arms) == (6, 3, ("fp32", "fp16", "bf16"))
     assert made.options["lr"] == 0.1
-    assert made.policies["fp16"]["scaling"] == "dynamic"
+    assert made.plans["fp16"]["policy"]["scaling"] == "dynamic"
     assert len(made.recipe_digest) == 64
 
 
@@ -329,8 +329,8 @@ def test_the_verb_prints_json_alone_on_stdout(
     assert code == 0
     assert data["protocol"]["margin"] == 0.5
     assert data["protocol"]["options"]["lr"] == 0.01
-    assert data["protocol"]["policies"]["bf16"]["autocast_rules"] == "cuda"
-    assert data["protocol"]["policies"]["fp32"]["autocast_rules"] == "native"
+    assert data["protocol"]["plans"]["bf16"]["policy"]["autocast_rules"] == "cuda"
+    assert data["protocol"]["plans"]["fp32"]["policy"]["autocast_rules"] == "native"
     assert [v["precision"] for v in data["verdicts"]] == ["bf16"]
     assert data["verdicts"][0]["verdict"] in stderr
     assert (out / "report.html").stat().st_size > 1000

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from narrowcast.cli import doctor
 from narrowcast.errors import UnknownName, UnsupportedPrecision, UsageError
+from narrowcast.plan import PLANS
 from narrowcast.policy import POLICIES, policy_named
 from narrowcast.precision import device as unit
 from narrowcast.precision import speed
@@ -23,7 +24,7 @@ from narrowcast.precision.device import (
     environment,
     measure_device,
     require,
-    resolve_policy,
+    resolve_plan,
     warnings_before_run,
 )
 from narrowcast.records.codec import dumps, loads
@@ -97,7 +98,7 @@ def test_a_cpu_runs_every_precision_but_tf32(name: str) -> None:
 def test_tf32_on_a_cpu_is_refused() -> None:
     """The error says what the device can, instead of running fp32 under the name of tf32."""
     with pytest.raises(UnsupportedPrecision, match="TF32 exists on CUDA devices only") as error:
-        resolve_policy("tf32", CPU)
+        resolve_plan("tf32", CPU)
 
     assert error.value.exit_code == 3
     assert "fp32, fp16, bf16, bf16-true" in error.value.hint
@@ -139,7 +140,7 @@ def test_auto_on_a_cpu_rests_on_a_measurement(
     """bf16 only where it is measured to be notably faster; the reason quotes both figures."""
     figures["matmul", "bf16"] = bf16_ms / 1e3
 
-    policy, why = resolve_policy("auto", CPU)
+    policy, why = resolve_plan("auto", CPU)
 
     assert policy.name == chosen
     assert said in why
@@ -148,13 +149,13 @@ def test_auto_on_a_cpu_rests_on_a_measurement(
 
 def test_names_and_aliases_are_as_asked() -> None:
     """No reason is invented where the user decided."""
-    assert resolve_policy("bf16-mixed", CPU) == (POLICIES["bf16"], "as asked")
+    assert resolve_plan("bf16-mixed", CPU) == (PLANS["bf16"], "as asked")
 
 
 def test_an_unknown_precision_names_the_nearest() -> None:
     """The error of the policy table reaches the user."""
     with pytest.raises(UnknownName, match="did you mean 'bf16'"):
-        resolve_policy("bf1", CPU)
+        resolve_plan("bf1", CPU)
 
 
 def test_slow_convolutions_are_announced(figures: dict[tuple[str, str], float]) -> None:

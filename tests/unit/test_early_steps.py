@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from narrowcast.policy import policy_named
+from narrowcast.plan import plan_named
 from narrowcast.profiling import measure_recipe
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import RunRecord
@@ -19,7 +19,7 @@ SMALL = Path(__file__).parents[1] / "small_recipe.py"
 def run(directory: Path, precision: str, **options: int | bool) -> RunRecord:
     return train(
         load_recipe(SMALL),
-        policy_named(precision),
+        plan_named(precision),
         TrainOptions(**options),  # type: ignore[arg-type]
         directory,
         device=torch.device("cpu"),
@@ -64,7 +64,7 @@ def test_the_real_training_and_the_memory_command_measure_the_same(
 ) -> None:
     """To the byte, line by line: `narrowcast train` and `narrowcast memory` tell one story."""
     recipe = load_recipe("tabular", ["width=32", "batch_size=64"])
-    cpu, policy = torch.device("cpu"), policy_named(precision)
+    cpu, policy = torch.device("cpu"), plan_named(precision)
 
     record = train(recipe, policy, TrainOptions(steps=4), tmp_path / "run", device=cpu)
     measured = measure_recipe(recipe, policy, cpu, break_even=False)
@@ -101,7 +101,7 @@ def test_a_precision_given_up_after_the_early_steps_is_not_honoured(tmp_path: Pa
 
     record = train(
         load_recipe(file),
-        policy_named("bf16"),
+        plan_named("bf16"),
         TrainOptions(steps=6),
         tmp_path / "run",
         device=torch.device("cpu"),

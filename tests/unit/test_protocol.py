@@ -78,7 +78,7 @@ def test_the_hash_covers_every_field() -> None:
     other = {
         "direction": "higher", "margin": 2.0, "margin_kind": "relative", "steps": 11,
         "seeds": (1,), "arms": ("fp32", "fp16"), "options": {"lr": 1}, "confidence": 0.9,
-        "policies": {"fp32": {}}, "training": {"batch_size": 2},
+        "plans": {"fp32": {}}, "training": {"batch_size": 2},
     }  # fmt: skip
     covered = {
         f.name
@@ -116,7 +116,7 @@ def test_an_edited_protocol_is_noticed(name: str) -> None:
 
 def _changed(name: str, value: Any) -> Any:
     """Another value of the same JSON type, so that it is the hash that notices."""
-    choices = {"direction": "higher", "margin_kind": "relative", "policies": {"fp32": {}}}
+    choices = {"direction": "higher", "margin_kind": "relative", "plans": {"fp32": {}}}
     if name in choices:
         return choices[name]
     if isinstance(value, dict):

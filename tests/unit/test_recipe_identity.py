@@ -9,7 +9,7 @@ import torch
 
 from narrowcast.comparison.compare import compare, plan_comparison
 from narrowcast.errors import CheckpointError, NarrowcastError, RecipeError
-from narrowcast.policy import policy_named
+from narrowcast.plan import plan_named
 from narrowcast.recipes.load import load_recipe
 from narrowcast.training.assembly import TrainOptions, data_digest
 from narrowcast.training.train import train
@@ -69,7 +69,7 @@ def edit_helper(path: Path) -> None:
 def begin(path: Path, out: Path, *, resume: bool = False) -> None:
     train(
         load_recipe(path),
-        policy_named("fp32"),
+        plan_named("fp32"),
         TrainOptions(measure=False),
         out,
         device=CPU,
@@ -111,13 +111,13 @@ def test_a_comparison_does_not_go_on_with_another_training(
     recipe: Path, tmp_path: Path, edit: object
 ) -> None:
     """Helpers and data are part of the protocol."""
-    policies = [policy_named("bf16")]
-    compare(plan_comparison(load_recipe(recipe), policies, seeds=1, device=CPU), tmp_path / "out")
+    plans = [plan_named("bf16")]
+    compare(plan_comparison(load_recipe(recipe), plans, seeds=1, device=CPU), tmp_path / "out")
     edit(recipe)  # type: ignore[operator]
 
     with pytest.raises(NarrowcastError, match="under another protocol"):
         compare(
-            plan_comparison(load_recipe(recipe), policies, seeds=1, device=CPU), tmp_path / "out"
+            plan_comparison(load_recipe(recipe), plans, seeds=1, device=CPU), tmp_path / "out"
         )
 
 
@@ -138,4 +138,4 @@ def test_data_that_change_with_each_call_are_refused(recipe: Path) -> None:
     recipe.write_text(text)
 
     with pytest.raises(RecipeError, match="other data each time"):
-        plan_comparison(load_recipe(recipe), [policy_named("bf16")], seeds=1, device=CPU)
+        plan_comparison(load_recipe(recipe), [plan_named("bf16")], seeds=1, device=CPU)

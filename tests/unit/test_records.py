@@ -77,7 +77,7 @@ def test_nested_records_keep_their_types() -> None:
         break_even=BreakEven(batch_size=3.5, cast_bytes=2, saved_bytes_per_sample=1.0, why="w"),
     )  # fmt: skip
     record = RunRecord(
-        recipe="r", options={"a": "x"}, precision="bf16", policy={"name": "bf16"}, seed=1,
+        recipe="r", options={"a": "x"}, precision="bf16", plan={"name": "bf16"}, seed=1,
         planned_steps=2, batch_size=8, environment=environment, started="now", memory=memory,
         skipped=(
             SkippedStep(step=1, reason="gradient overflow", loss_scale=2.0, parameters=("w",)),

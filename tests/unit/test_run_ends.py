@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from narrowcast.errors import RecipeError, RunDirectoryError
-from narrowcast.policy import policy_named
+from narrowcast.plan import plan_named
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import RunRecord
 from narrowcast.training import checkpoint
@@ -25,7 +25,7 @@ OPTIMIZER = "    return torch.optim.AdamW(model.parameters(), lr=options.lr)\n"
 def run(directory: Path, recipe: Path = SMALL, *, seed: int = 0, **named: Any) -> RunRecord:
     return train(
         load_recipe(recipe),
-        policy_named("fp32"),
+        plan_named("fp32"),
         TrainOptions(measure=False, seed=seed),
         directory,
         device=torch.device("cpu"),

@@ -24,7 +24,7 @@ from narrowcast.errors import (
     RecipeError,
     RunDirectoryError,
 )
-from narrowcast.policy import POLICIES
+from narrowcast.plan import PLANS
 from narrowcast.records.codec import loads
 from narrowcast.records.comparison import ComparisonRecord, Protocol
 from narrowcast.records.run import Evaluation, RunRecord
@@ -43,7 +43,7 @@ def run(
 ) -> ComparisonRecord:
     return carry_out(
         spec,
-        {name: POLICIES[name] for name in spec.arms},
+        {name: PLANS[name] for name in spec.arms},
         directory,
         train=trainer or FakeTrainer(),
         environment=options.pop("environment", ENVIRONMENT),
@@ -99,7 +99,7 @@ def test_the_verdicts_follow_from_the_file_alone(tmp_path: Path) -> None:
 def _assignment(precision: str, seed: int) -> Assignment:
     return Assignment(
         arm=precision,
-        policy=POLICIES[precision],
+        plan=PLANS[precision],
         seed=seed,
         steps=10,
         perturb=False,

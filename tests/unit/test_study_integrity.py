@@ -14,7 +14,7 @@ from narrowcast.comparison.protocol import PROTOCOL_FILE
 from narrowcast.comparison.study import Assignment, carry_out
 from narrowcast.comparison.verdicts import judge
 from narrowcast.errors import PrecisionError, ProtocolError, RecipeError, RunDirectoryError
-from narrowcast.policy import POLICIES
+from narrowcast.plan import PLANS
 from narrowcast.records.comparison import ComparisonRecord, VerdictRecord
 from narrowcast.records.run import RunRecord
 from narrowcast.training.run_directory import RunDirectory
@@ -26,7 +26,7 @@ SPEC = protocol(3, "bf16", margin=0.5)
 def run(directory: Path, trainer: Callable[..., RunRecord] | None = None) -> ComparisonRecord:
     return carry_out(
         SPEC,
-        {name: POLICIES[name] for name in SPEC.arms},
+        {name: PLANS[name] for name in SPEC.arms},
         directory,
         train=trainer or FakeTrainer(),
         environment=ENVIRONMENT,
@@ -116,10 +116,10 @@ def test_edited_results_are_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"recipe_digest": "other"}, {"policy": {"name": "other"}}],
+    [{"recipe_digest": "other"}, {"plan": {"name": "other"}}],
     ids=lambda c: next(iter(c)),
 )
-def test_a_run_of_another_recipe_or_policy_is_noticed(
+def test_a_run_of_another_recipe_or_plan_is_noticed(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     """Both are compared with what the protocol asks for."""
@@ -135,7 +135,7 @@ REFERENCE = (10.0, 11.0, 12.0)
 
 
 def judged(values: tuple[float, ...], **changes: Any) -> VerdictRecord:
-    spec = protocol(len(values), policies={"bf16": {"compute": "bf16"}})
+    spec = protocol(len(values), plans={"bf16": {"policy": {"compute": "bf16"}}})
     arms = [arm("fp32", REFERENCE[: len(values)]), arm("bf16", values, **changes)]
     return judge(spec, arms)[0]
 

@@ -22,7 +22,7 @@ from narrowcast.errors import (
     RunDirectoryError,
     UsageError,
 )
-from narrowcast.policy import Policy, policy_named
+from narrowcast.plan import Plan, plan_named
 from narrowcast.recipes.load import Recipe, load_recipe
 from narrowcast.records.run import Evaluation, RunRecord, StepPoint
 from narrowcast.training import checkpoint
@@ -33,7 +33,7 @@ from narrowcast.training.state_tree import leaves
 from narrowcast.training.train import TrainOptions, train
 
 SMALL = Path(__file__).parents[1] / "small_recipe.py"
-PRECISIONS = ["fp32", "fp16", "bf16", "bf16-true"]
+PRECISIONS = ["fp32", "fp16", "bf16", "bf16-true", "bf16-split", "lean"]
 CPU = torch.device("cpu")
 # What the device does badly is measured by other tests; here it would only cost time.
 PLAIN = TrainOptions(measure=False)
@@ -43,8 +43,8 @@ def small(*overrides: str) -> Recipe:
     return load_recipe(SMALL, overrides)
 
 
-def policy(name: str) -> Policy:
-    return policy_named(name)
+def policy(name: str) -> Plan:
+    return plan_named(name)
 
 
 def run(

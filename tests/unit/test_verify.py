@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from narrowcast.errors import NarrowcastError
-from narrowcast.policy import policy_named
+from narrowcast.plan import plan_named
 from narrowcast.records.verify import VerifyRecord
 from narrowcast.training.train import TrainOptions
 from narrowcast.training.verify import verify_resume
@@ -20,7 +20,7 @@ def verify(recipe: Path, directory: Path, precision: str = "fp32") -> VerifyReco
     return verify_resume(
         str(recipe),
         (),
-        policy_named(precision),
+        plan_named(precision),
         TrainOptions(steps=8),
         directory,
         device=torch.device("cpu"),

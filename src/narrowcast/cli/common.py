@@ -12,6 +12,7 @@ from narrowcast.cli.json_target import emit_json, prepare_json
 
 __all__ = [
     "AutocastRulesOption",
+    "DeterministicOption",
     "DeviceOption",
     "JsonOption",
     "OutputOption",
@@ -46,6 +47,13 @@ AutocastRulesOption = Annotated[
     str,
     typer.Option(
         "--autocast-rules", help="native, or cuda to rehearse CUDA's cast lists on a CPU."
+    ),
+]
+DeterministicOption = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="Allow only operations that give the same bits every time; exact resume needs it.",
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of weights, data order and dropout.")]

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from narrowcast.cli.common import (
     AutocastRulesOption,
+    DeterministicOption,
     DeviceOption,
     JsonOption,
     OutputOption,
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from narrowcast.comparison.compare import Plan
+    from narrowcast.comparison.compare import PlannedComparison
     from narrowcast.comparison.study import ComparisonEvent
-    from narrowcast.policy import AutocastRules, Policy
+    from narrowcast.plan import Plan
+    from narrowcast.policy import AutocastRules
 
 __all__ = ["compare", "register"]
 
@@ -83,6 +85,7 @@ def compare(
     overrides: SetOption = None,
     device: DeviceOption = None,
     autocast_rules: AutocastRulesOption = "native",
+    deterministic: DeterministicOption = True,
     output: OutputOption = None,
     json: JsonOption = None,
 ) -> None:
@@ -98,19 +101,20 @@ def compare(
     from narrowcast.report.terminal import render_summary
 
     place = device_at_hand(device)
-    plan = plan_comparison(
+    planned = plan_comparison(
         load_recipe(recipe, overrides or ()),
-        _policies(split_names(precisions), place, autocast_rules),
+        _plans(split_names(precisions), place, autocast_rules),
         seeds=seeds,
         device=place,
         margin=margin,
         metric=metric,
         steps=steps,
+        deterministic=deterministic,
     )
-    directory = output or default_directory(plan)
-    with _watching(plan, directory) as watch:
+    directory = output or default_directory(planned)
+    with _watching(planned, directory) as watch:
         record = run(
-            plan, directory, observe=watch, command=shlex.join(["narrowcast", *sys.argv[1:]])
+            planned, directory, observe=watch, command=shlex.join(["narrowcast", *sys.argv[1:]])
         )
     report = directory / "report.html"
     write_html(record, report)
@@ -120,24 +124,25 @@ def compare(
     _say(console(), f"report: {report} (in the terminal: narrowcast report {directory})")
 
 
-def _policies(names: tuple[str, ...], device: torch.device, rules: str) -> list[Policy]:
+def _plans(names: tuple[str, ...], device: torch.device, rules: str) -> list[Plan]:
     """Resolve the names that a user typed; `rules` hold for every precision that autocasts."""
-    from narrowcast.precision.device import resolve_policy
+    from narrowcast.precision.device import resolve_plan
 
     if rules not in ("native", "cuda"):
         raise UnknownName.of("set of autocast rules", rules, ("native", "cuda"))
-    policies: list[Policy] = []
+    plans: list[Plan] = []
     for name in names:
-        policy, why = resolve_policy(name, device)
-        if name == "auto" and policy.name in (p.name for p in policies):
+        plan, why = resolve_plan(name, device)
+        if name == "auto" and plan.name in (p.name for p in plans):
             raise UsageError(
-                f"auto chooses {policy.name} here, which is named as well: {why}",
+                f"auto chooses {plan.name} here, which is named as well: {why}",
                 hint="leave out auto, or name the precisions yourself",
             )
-        if policy.autocasts:
-            policy = replace(policy, autocast_rules=cast("AutocastRules", rules))
-        policies.append(policy)
-    return policies
+        if plan.policy.autocasts:
+            policy = replace(plan.policy, autocast_rules=cast("AutocastRules", rules))
+            plan = replace(plan, policy=policy)
+        plans.append(plan)
+    return plans
 
 
 class _Watch:
@@ -146,9 +151,9 @@ class _Watch:
     All runs count alike, by their steps, since every seed goes through all precisions in turn.
     """
 
-    def __init__(self, plan: Plan, shown: Progress) -> None:
+    def __init__(self, planned: PlannedComparison, shown: Progress) -> None:
         self.shown = shown
-        self.steps = plan.protocol.steps
+        self.steps = planned.protocol.steps
         self.began: float | None = None
         """When this call itself ended its first step: what came before says nothing of the rate."""
         self.steps_now = 0
@@ -213,10 +218,10 @@ class _Watch:
 
 
 @contextmanager
-def _watching(plan: Plan, directory: Path) -> Iterator[_Watch]:
+def _watching(planned: PlannedComparison, directory: Path) -> Iterator[_Watch]:
     """Show live progress on a terminal, and say how to go on after Ctrl-C."""
     out = console()
-    for note in plan.notes:
+    for note in planned.notes:
         _say(out, f"note: {note}")
     shown = Progress(
         TextColumn("{task.description}", markup=False),
@@ -228,7 +233,7 @@ def _watching(plan: Plan, directory: Path) -> Iterator[_Watch]:
         disable=not out.is_terminal,
         transient=True,
     )
-    watch = _Watch(plan, shown)
+    watch = _Watch(planned, shown)
     try:
         with shown:
             yield watch

@@ -16,11 +16,12 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.precision import chosen_policy
-from narrowcast.errors import UsageError
+from narrowcast.cli.precision import chosen_plan
+from narrowcast.errors import RunDirectoryError, UsageError
 
 if TYPE_CHECKING:
     from narrowcast.records.evaluation import EvaluationRecord
+    from narrowcast.training.run_directory import RunDirectory
 
 __all__ = ["evaluate", "register"]
 
@@ -48,6 +49,14 @@ def evaluate(
         int | None, typer.Option("--seed", help="Seed of the data; by default the run's own, or 0.")
     ] = None,
     device: DeviceOption = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic/--no-deterministic",
+            help="Allow only operations that give the same bits every time; by default as the run "
+            "did.",
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Evaluate stored weights in fp32 and in the precision they were trained in."""
@@ -57,7 +66,7 @@ def evaluate(
                 f"{what} is a run, which is evaluated with its own options and seed",
                 hint="leave out --set and --seed, or name the recipe and give --weights",
             )
-        record = _of_run(Path(what), weights, precision, device)
+        record = _of_run(Path(what), weights, precision, device, deterministic=deterministic)
     elif weights is None:
         raise UsageError(
             f"{what} is no run directory, and no --weights were given",
@@ -71,44 +80,71 @@ def evaluate(
         place = device_at_hand(device)
         record = evaluate_weights(
             load_recipe(what, overrides or ()),
-            chosen_policy(precision or "fp32", place),
+            chosen_plan(precision or "fp32", place),
             weights,
             device=place,
             seed=seed or 0,
+            deterministic=deterministic is not False,
         )
     emit_json(record, json)
     _print(record, console() if json == "-" else Console())
 
 
 def _of_run(
-    directory: Path, weights: Path | None, precision: str | None, device: str | None
+    directory: Path,
+    weights: Path | None,
+    precision: str | None,
+    device: str | None,
+    *,
+    deterministic: bool | None,
 ) -> EvaluationRecord:
     """Evaluate a run as its record describes it; its newest checkpoint if it has not ended."""
     from dataclasses import replace
 
-    from narrowcast.policy import Policy
+    from narrowcast.plan import Plan
     from narrowcast.precision.device import device_at_hand, require
-    from narrowcast.recipes.load import load_recipe
+    from narrowcast.recipes.load import load_recipe, option_values
     from narrowcast.records.codec import from_json
-    from narrowcast.training.checkpoint import checkpoints_in
     from narrowcast.training.evaluation import evaluate_weights
     from narrowcast.training.run_directory import RunDirectory
 
     run = RunDirectory(directory)
     record = run.read_record()
     place = device_at_hand(device)
-    policy = chosen_policy(precision, place) if precision else from_json(Policy, record.policy)
-    require(policy, place)
-    stored = [*checkpoints_in(run.checkpoints), run.weights_path]
-    file = weights or [path for path in stored if path.exists()][-1]
-    overrides = [f"{name}={value}" for name, value in record.options.items() if value is not None]
-    recipe = load_recipe(record.recipe_path or record.recipe, overrides)
+    plan = chosen_plan(precision, place) if precision else from_json(Plan, record.plan)
+    require(plan.policy, place)
+    file = weights or _newest_weights(run)
+    recipe = load_recipe(record.recipe_path or record.recipe, record.options)
     found = evaluate_weights(
-        recipe, policy, file, device=place, seed=record.seed, step=record.completed_steps
+        recipe,
+        plan,
+        file,
+        device=place,
+        seed=record.seed,
+        step=record.completed_steps,
+        deterministic=record.deterministic if deterministic is None else deterministic,
     )
-    if recipe.source_hash == record.recipe_digest:
-        return found
-    return replace(found, warnings=(f"{recipe.path} has changed since the run was made",))
+    notes = []
+    if recipe.source_hash != record.recipe_digest:
+        notes.append(f"{recipe.path} has changed since the run was made")
+    differing = sorted(dict(option_values(recipe).items() ^ record.options.items()))
+    if differing:
+        notes.append(f"options are not those of the run: {', '.join(differing)}")
+    return replace(found, warnings=(*notes, *found.warnings))
+
+
+def _newest_weights(run: RunDirectory) -> Path:
+    """Return what a run has left of its weights, the newest; it may have got nowhere."""
+    from narrowcast.training.checkpoint import checkpoints_in
+
+    stored = [*checkpoints_in(run.checkpoints), run.weights_path]
+    there = [path for path in stored if path.exists()]
+    if not there:
+        raise RunDirectoryError(
+            f"{run.path} holds neither weights nor a checkpoint: there is nothing to evaluate",
+            hint="continue the run with --resume, or give --weights",
+        )
+    return there[-1]
 
 
 def _print(record: EvaluationRecord, out: Console) -> None:

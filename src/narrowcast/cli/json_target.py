@@ -25,6 +25,9 @@ __all__ = ["emit_json", "is_record", "prepare_json"]
 
 Write = Callable[[str], None]
 
+_KEPT_BESIDE = {"run.json": "metrics.jsonl", "comparison.json": "protocol.json"}
+"""Records that belong to a directory, and by what one knows such a directory."""
+
 _stdout: list[Write] = []
 """How to reach the real stdout, while it is kept for the record; the innermost is the last."""
 
@@ -34,8 +37,25 @@ def prepare_json(context: typer.Context, target: str | None) -> str | None:
     if target == "-":
         context.with_resource(_stdout_kept())
     elif target is not None:
+        _refuse_a_runs_own(Path(target))
         require_replaceable(Path(target), is_record)
     return target
+
+
+def _refuse_a_runs_own(target: Path) -> None:
+    """Raise RunDirectoryError for the record that a run or a comparison keeps of itself.
+
+    It is ours, and yet not to be replaced: the rest of that directory belongs to it.
+    """
+    place = target.resolve()
+    if any(
+        place.name == name and (place.parent / companion).exists()
+        for name, companion in _KEPT_BESIDE.items()
+    ):
+        raise RunDirectoryError(
+            f"{target} is the record that {place.parent} keeps of itself, and was left as it is",
+            hint="choose another file",
+        )
 
 
 def emit_json(record: Any, target: str | None) -> None:

@@ -20,7 +20,7 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.precision import KeepOption, chosen_policy
+from narrowcast.cli.precision import KeepOption, chosen_plan
 from narrowcast.errors import RunDirectoryError
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ def memory(
     from narrowcast.recipes.load import load_recipe
 
     target = device_at_hand(device)
-    policy = chosen_policy(precision, target, rules=autocast_rules, keep_fp32=keep_fp32)
+    plan = chosen_plan(precision, target, rules=autocast_rules, keep_fp32=keep_fp32)
     with console().status("measuring one training step"):
         record = measure_recipe(
             load_recipe(recipe, overrides or ()),
-            policy,
+            plan,
             target,
             seed=seed,
             cross_check=cross_check and target.type == "cpu",

@@ -1,4 +1,4 @@
-"""From what a user typed about precision to a policy, and the reason where one was chosen."""
+"""From what a user typed about precision to a plan, and the reason where one was chosen."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from narrowcast.cli.common import console
 if TYPE_CHECKING:
     import torch
 
-    from narrowcast.policy import AutocastRules, Policy
+    from narrowcast.plan import Plan
+    from narrowcast.policy import AutocastRules
 
-__all__ = ["KeepOption", "chosen_policy"]
+__all__ = ["KeepOption", "chosen_plan"]
 
 KeepOption = Annotated[
     list[str] | None,
@@ -26,18 +27,18 @@ KeepOption = Annotated[
 ]
 
 
-def chosen_policy(
+def chosen_plan(
     name: str, device: torch.device, *, rules: str = "native", keep_fp32: list[str] | None = None
-) -> Policy:
+) -> Plan:
     """Resolve a precision's name and what goes with it; says which one was chosen, and why.
 
     Raises UnknownName for a name or rules that do not exist, UnsupportedPrecision if the device
     cannot compute in it.
     """
-    from narrowcast.precision.device import resolve_policy
+    from narrowcast.precision.device import resolve_plan
 
-    policy, why = resolve_policy(name, device)
+    plan, why = resolve_plan(name, device)
     if name == "auto":
-        console().print(f"precision {policy.name}: {why}", markup=False, highlight=False)
-    policy = replace(policy, autocast_rules=cast("AutocastRules", rules))
-    return policy.keeping_fp32(*(keep_fp32 or ()))
+        console().print(f"precision {plan.name}: {why}", markup=False, highlight=False)
+    policy = replace(plan.policy, autocast_rules=cast("AutocastRules", rules))
+    return replace(plan, policy=policy.keeping_fp32(*(keep_fp32 or ())))

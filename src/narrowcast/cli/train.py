@@ -29,7 +29,7 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.precision import KeepOption, chosen_policy
+from narrowcast.cli.precision import KeepOption, chosen_plan
 from narrowcast.units import format_duration
 
 if TYPE_CHECKING:
@@ -122,13 +122,13 @@ def train(
     )
     place = device_at_hand(device)
     loaded = load_recipe(recipe, overrides or ())
-    policy = chosen_policy(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
-    stem = f"{loaded.name}-{policy.name}-seed{seed}"
+    plan = chosen_plan(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
+    stem = f"{loaded.name}-{plan.name}-seed{seed}"
     directory = output or _default_directory(stem, resume=resume)
     with watching() as watch:
         record = run(
             loaded,
-            policy,
+            plan,
             options,
             directory,
             device=place,

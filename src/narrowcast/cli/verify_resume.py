@@ -12,6 +12,7 @@ from rich.text import Text
 
 from narrowcast.cli.common import (
     AutocastRulesOption,
+    DeterministicOption,
     DeviceOption,
     JsonOption,
     OutputOption,
@@ -22,7 +23,7 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.precision import KeepOption, chosen_policy
+from narrowcast.cli.precision import KeepOption, chosen_plan
 from narrowcast.errors import PrecisionError
 from narrowcast.units import format_bytes
 
@@ -48,6 +49,7 @@ def verify_resume(
     keep_fp32: KeepOption = None,
     device: DeviceOption = None,
     autocast_rules: AutocastRulesOption = "native",
+    deterministic: DeterministicOption = True,
     output: OutputOption = None,
     json: JsonOption = None,
 ) -> None:
@@ -63,14 +65,14 @@ def verify_resume(
     from narrowcast.training.verify import verify_resume as verify
 
     place = device_at_hand(device)
-    policy = chosen_policy(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
-    options = TrainOptions(steps=steps, seed=seed)
+    plan = chosen_plan(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
+    options = TrainOptions(steps=steps, seed=seed, deterministic=deterministic)
     kept = nullcontext(str(output)) if output else tempfile.TemporaryDirectory()
     with kept as directory, watching() as watch:
         record = verify(
             recipe,
             overrides or (),
-            policy,
+            plan,
             options,
             Path(directory),
             device=place,

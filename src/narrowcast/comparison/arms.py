@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from narrowcast.errors import RecipeError
 from narrowcast.formats import float_format
 from narrowcast.records.comparison import ArmRecord, CurvePoint
 from narrowcast.records.memory import MemoryRecord
@@ -89,6 +90,7 @@ def arm_record(
             for run in runs
             if value_of(run, metric) is None
         ),
+        raised=tuple(run.record.seed for run in runs if _raised(run.record)),
         peak_bytes=statistics.median_high(peaks) if peaks else None,
         step_seconds=statistics.median(known_times) if known_times else None,
         step_seconds_per_seed=times,
@@ -121,10 +123,14 @@ def _final_evaluation(run: Run, precision: str) -> Evaluation | None:
 
 
 def _failure(record: RunRecord, metric: str) -> str:
-    if record.failure_kind == "RecipeError":
+    if _raised(record):
         at = min(record.completed_steps + 1, record.planned_steps)
         return f"raised at step {at}: {record.failure}"
     return record.failure or f"{metric} is not a number"
+
+
+def _raised(record: RunRecord) -> bool:
+    return record.failure_kind == RecipeError.__name__
 
 
 def _mean(values: Values) -> float | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from narrowcast.comparison.arms import Run
 from narrowcast.errors import ProtocolError
-from narrowcast.policy import Policy
+from narrowcast.plan import Plan
 from narrowcast.records.codec import RecordError, to_json
 from narrowcast.records.comparison import Protocol
 from narrowcast.records.run import Evaluation, RunRecord, StepPoint
@@ -26,7 +26,7 @@ class Assignment:
 
     arm: str
     """The precision, or the control's name; also the name of its folder."""
-    policy: Policy
+    plan: Plan
     seed: int
     steps: int
     perturb: bool
@@ -36,12 +36,13 @@ class Assignment:
 def check_is_asked(record: RunRecord, assignment: Assignment, protocol: Protocol) -> None:
     """Raise ProtocolError unless the run is the one that the protocol asks for."""
     asked = {
-        "precision": assignment.policy.name,
+        "precision": assignment.plan.name,
         "seed": assignment.seed,
         "planned_steps": assignment.steps,
         "options": protocol.options,
-        "policy": to_json(assignment.policy),
+        "plan": to_json(assignment.plan),
         "recipe_digest": protocol.recipe_digest,
+        "deterministic": protocol.training.get("deterministic", True),
     }
     wrong = [
         f"{name} is {getattr(record, name)!r}, {value!r} asked"
@@ -78,10 +79,12 @@ def check_started_alike(run: Run, reference: Run, assignment: Assignment) -> Non
     """Raise ProtocolError unless the run began and went on as fp32 did on the same seed.
 
     The control's weights are other ones by design. The data order can be compared only where both
-    runs took the same number of steps; a run that failed took fewer.
+    runs took the same number of steps; a run that failed took fewer. Evaluation data may have been
+    exchanged while the comparison was interrupted.
     """
     ours, theirs = run.record, reference.record
     same_length = ours.completed_steps == theirs.completed_steps
+    evaluated, evaluated_there = _evaluated_on(ours), _evaluated_on(theirs)
     for what, mine, other, comparable in (
         (
             "initial fp32 weights",
@@ -90,11 +93,23 @@ def check_started_alike(run: Run, reference: Run, assignment: Assignment) -> Non
             not assignment.perturb,
         ),
         ("order of samples", ours.data_order_hash, theirs.data_order_hash, same_length),
+        (
+            "evaluation samples",
+            evaluated,
+            evaluated_there,
+            bool(evaluated and evaluated_there),
+        ),
     ):
         if comparable and mine != other:
             raise ProtocolError(
                 f"{assignment.arm} did not have the same {what} as {theirs.precision} on seed "
                 f"{assignment.seed}: {mine[:12]} and {other[:12]}",
                 hint="make the recipe draw all randomness from torch's, numpy's or Python's global "
-                "generators, which are seeded, and from nothing else",
+                "generators, which are seeded, and from nothing else, and leave its data alone "
+                "until all runs have ended",
             )
+
+
+def _evaluated_on(record: RunRecord) -> str:
+    """Return the hash of the samples of the last evaluation; empty where there was none."""
+    return record.evaluations[-1].data_hash if record.evaluations else ""

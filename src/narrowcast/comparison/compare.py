@@ -17,9 +17,9 @@ from narrowcast.comparison.protocol import derive_seeds, parse_margin, protocol_
 from narrowcast.comparison.study import Assignment, ComparisonObserver, Trainer, carry_out
 from narrowcast.data import evaluation_batches
 from narrowcast.errors import RecipeError, UnknownName, UsageError
-from narrowcast.policy import POLICIES, Policy
+from narrowcast.plan import PLANS, Plan
 from narrowcast.precision.device import environment, require
-from narrowcast.recipes.load import Recipe, option_values
+from narrowcast.recipes.load import Recipe, load_again, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.records.comparison import ComparisonRecord, Protocol
 from narrowcast.records.run import RunRecord
@@ -30,9 +30,9 @@ from narrowcast.training.randomness import isolated
 from narrowcast.training.run_directory import RunDirectory
 from narrowcast.training.train import train
 
-__all__ = ["Plan", "compare", "default_directory", "plan_comparison"]
+__all__ = ["PlannedComparison", "compare", "default_directory", "plan_comparison"]
 
-REFERENCE = POLICIES["fp32"]
+REFERENCE = PLANS["fp32"]
 # One-sided; the interval that is shown is the two-sided one of 90 %.
 CONFIDENCE = 0.95
 # A crash loses at most this many steps of the run under way, or a tenth of it.
@@ -41,12 +41,12 @@ _PERTURBATION = "fp32 with weights moved by as few units in the last place as ch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PlannedComparison:
     """A protocol, and what it takes to carry it out."""
 
     protocol: Protocol
     recipe: Recipe
-    policies: dict[str, Policy]
+    arms: dict[str, Plan]
     device: torch.device
     notes: tuple[str, ...] = field(default=())
     """What was decided for the user, to be printed and recorded."""
@@ -54,26 +54,28 @@ class Plan:
 
 def plan_comparison(
     recipe: Recipe,
-    policies: Sequence[Policy],
+    plans: Sequence[Plan],
     *,
     seeds: int,
     device: torch.device,
     margin: str | None = None,
     metric: str | None = None,
     steps: int | None = None,
-) -> Plan:
+    deterministic: bool = True,
+) -> PlannedComparison:
     """Settle everything that the protocol fixes; no step is trained.
 
     fp32 is the reference, and is added where it was not named. `metric` is by default the first
-    that the recipe's ``metrics`` returns; `margin` is '0.01' or '1%'.
+    that the recipe's ``metrics`` returns; `margin` is '0.01' or '1%'. `deterministic` allows only
+    kernels that repeat their bits.
 
     Raises UsageError for a request that makes no sense, UnknownName for a metric that the recipe
     lacks, UnsupportedPrecision for what the device cannot do, RecipeError and DataError for what
     the recipe does wrong on its first batch.
     """
-    arms, notes = _arms(policies)
-    for policy in arms:
-        require(policy, device)
+    arms, notes = _arms(plans)
+    for arm in arms:
+        require(arm.policy, device)
     if steps is not None and steps < 1:
         raise UsageError(f"{steps} steps make no training", hint="take 1 step or more")
     amount, kind = parse_margin(margin)
@@ -90,63 +92,64 @@ def plan_comparison(
         steps=steps or recipe.steps,
         seeds=drawn,
         reference=REFERENCE.name,
-        arms=tuple(policy.name for policy in arms),
+        arms=tuple(arm.name for arm in arms),
         control=_PERTURBATION,
         evaluation_precision=REFERENCE.name,
         confidence=CONFIDENCE,
         device=str(device),
-        policies={policy.name: to_json(policy) for policy in arms},
+        plans={arm.name: to_json(arm) for arm in arms},
         training={
             "batch_size": recipe.batch_size,
             "optimizer": recipe.optimizer_choice[0],
             "data": _data(recipe, drawn[0]),
+            "deterministic": deterministic,
         },
         recipe_digest=recipe.source_hash,
     )
-    return Plan(
+    return PlannedComparison(
         protocol=protocol,
         recipe=recipe,
-        policies={policy.name: policy for policy in arms},
+        arms={arm.name: arm for arm in arms},
         device=device,
         notes=notes,
     )
 
 
-def default_directory(plan: Plan, root: Path = Path("runs")) -> Path:
+def default_directory(planned: PlannedComparison, root: Path = Path("runs")) -> Path:
     """Return the directory of this protocol: the same request finds its own runs again."""
-    return root / f"compare-{plan.recipe.name}-{protocol_hash(plan.protocol)[:8]}"
+    return root / f"compare-{planned.recipe.name}-{protocol_hash(planned.protocol)[:8]}"
 
 
 def compare(
-    plan: Plan,
+    planned: PlannedComparison,
     directory: Path,
     *,
     observe: ComparisonObserver = lambda _: None,
     command: str = "",
 ) -> ComparisonRecord:
-    """Carry a plan out with real trainings; raises what ``study.carry_out`` raises."""
+    """Carry it out with real trainings; raises what ``study.carry_out`` raises."""
     return carry_out(
-        plan.protocol,
-        plan.policies,
+        planned.protocol,
+        planned.arms,
         directory,
-        train=_trainer(plan),
-        environment=environment(plan.device),
+        train=_trainer(planned),
+        environment=environment(planned.device),
         observe=observe,
-        warnings=plan.notes,
+        warnings=planned.notes,
         command=command,
     )
 
 
-def _arms(policies: Sequence[Policy]) -> tuple[tuple[Policy, ...], tuple[str, ...]]:
+def _arms(plans: Sequence[Plan]) -> tuple[tuple[Plan, ...], tuple[str, ...]]:
     """Put the reference first; refuse a precision that is named twice, or none beside fp32."""
-    names = [policy.name for policy in policies]
+    names = [plan.name for plan in plans]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(
             f"{', '.join(twice)} is named twice among the precisions {', '.join(names)}",
             hint="name each precision once (16-mixed is fp16, bf16-mixed is bf16, 32-true is fp32)",
         )
-    candidates = tuple(policy for policy in policies if policy.name != REFERENCE.name)
+    candidates = tuple(plan for plan in plans if plan.name != REFERENCE.name)
     if not candidates:
         raise UsageError(
             "there is nothing to compare fp32 with",
@@ -182,9 +185,14 @@ def _data(recipe: Recipe, seed: int) -> str:
     return first
 
 
-def _trainer(plan: Plan) -> Trainer:
-    """Return what trains one assignment for real, going on with a run that was interrupted."""
-    first = plan.protocol.seeds[0]
+def _trainer(planned: PlannedComparison) -> Trainer:
+    """Return what trains one assignment for real, going on with a run that was interrupted.
+
+    Each training has the recipe to itself, loaded anew: what one arm leaves in its global variables
+    (a step counter, a cache) would be another start for the next.
+    """
+    first = planned.protocol.seeds[0]
+    deterministic = bool(planned.protocol.training["deterministic"])
 
     def train_one(assignment: Assignment, observe: Callable[[Event], None]) -> RunRecord:
         options = TrainOptions(
@@ -194,13 +202,14 @@ def _trainer(plan: Plan) -> Trainer:
             checkpoint_every=max(_STEPS_WORTH_SAVING, assignment.steps // 10),
             # Memory and dtypes of a step are the same for every seed.
             measure=assignment.seed == first,
+            deterministic=deterministic,
         )
         record = train(
-            plan.recipe,
-            assignment.policy,
+            load_again(planned.recipe),
+            assignment.plan,
             options,
             assignment.directory,
-            device=plan.device,
+            device=planned.device,
             observe=observe,
             resume=_can_go_on(assignment.directory),
         )

@@ -34,11 +34,11 @@ from narrowcast.comparison.verdicts import (
 )
 from narrowcast.errors import PrecisionError, RecipeError
 from narrowcast.files import write_atomically
-from narrowcast.policy import Policy
+from narrowcast.plan import Plan
 from narrowcast.records.codec import dumps
 from narrowcast.records.comparison import ComparisonRecord, ControlRecord, Protocol
 from narrowcast.records.run import Environment, RunRecord, StepPoint
-from narrowcast.training.events import Event
+from narrowcast.training.events import Event, Hearing, Observer
 from narrowcast.training.run_directory import RunDirectory
 
 __all__ = [
@@ -78,13 +78,13 @@ class RunEnds:
 
 ComparisonEvent = RunBegins | RunEnds | Event
 ComparisonObserver = Callable[[ComparisonEvent], None]
-Trainer = Callable[[Assignment, Callable[[Event], None]], RunRecord]
+Trainer = Callable[[Assignment, Observer], RunRecord]
 """Trains one assignment, going on with what lies in its directory; may raise PrecisionError."""
 
 
 def carry_out(
     protocol: Protocol,
-    policies: Mapping[str, Policy],
+    plans: Mapping[str, Plan],
     directory: Path,
     *,
     train: Trainer,
@@ -103,7 +103,7 @@ def carry_out(
     refuse_anything_else(directory)
     with RunDirectory(directory).lock() as notes:
         protocol = write_down(directory, protocol, now=_now())
-        runs = _run_all(protocol, policies, directory, train=train, observe=observe)
+        runs = _run_all(protocol, plans, directory, train=train, observe=observe)
         record = _record(
             protocol, runs, environment=environment, warnings=(*warnings, *notes), command=command
         )
@@ -117,36 +117,36 @@ def control_name(protocol: Protocol) -> str:
 
 
 def assignments(
-    protocol: Protocol, policies: Mapping[str, Policy], directory: Path
+    protocol: Protocol, plans: Mapping[str, Plan], directory: Path
 ) -> tuple[Assignment, ...]:
     """List every training of the comparison in the order in which they are carried out."""
-    reference = policies[protocol.reference]
+    reference = plans[protocol.reference]
     control = (control_name(protocol), reference, True)
-    candidates = [(name, policies[name], False) for name in protocol.arms[1:]]
+    candidates = [(name, plans[name], False) for name in protocol.arms[1:]]
     return tuple(
         Assignment(
             arm=arm,
-            policy=policy,
+            plan=plan,
             seed=seed,
             steps=protocol.steps,
             perturb=perturb,
             directory=directory / "arms" / arm / f"seed-{seed}",
         )
         for seed in protocol.seeds
-        for arm, policy, perturb in ((protocol.reference, reference, False), control, *candidates)
+        for arm, plan, perturb in ((protocol.reference, reference, False), control, *candidates)
     )
 
 
 def _run_all(
     protocol: Protocol,
-    policies: Mapping[str, Policy],
+    plans: Mapping[str, Plan],
     directory: Path,
     *,
     train: Trainer,
     observe: ComparisonObserver,
 ) -> dict[str, list[Run]]:
     """Run or reuse every assignment; returns the runs of each arm in the order of the seeds."""
-    work = assignments(protocol, policies, directory)
+    work = assignments(protocol, plans, directory)
     runs: dict[str, list[Run]] = {a.arm: [] for a in work}
     for index, assignment in enumerate(work, start=1):
         observe(RunBegins(assignment=assignment, index=index, total=len(work)))
@@ -154,8 +154,9 @@ def _run_all(
         stands = not is_reference and runs[protocol.reference][-1].record.status == "finished"
         record = _ended_before(assignment, fp32_stands=stands)
         reused = record is not None
+        hearing = Hearing(observe)
         if record is None:
-            record = _train_one(assignment, train, observe, fp32_stands=stands)
+            record = _train_one(assignment, train, hearing, fp32_stands=stands)
         check_is_asked(record, assignment, protocol)
         points = read_points(record, assignment)
         run = Run(
@@ -167,6 +168,8 @@ def _run_all(
         first = runs[protocol.reference][-1]
         check_started_alike(run, first, assignment)
         observe(RunEnds(assignment=assignment, record=record, reused=reused))
+        if hearing.stop_asked:  # while this run was being ended: it counts, and no other begins
+            raise KeyboardInterrupt
     return runs
 
 
@@ -198,7 +201,7 @@ def _is_a_result(record: RunRecord, *, fp32_stands: bool) -> bool:
 
 
 def _train_one(
-    assignment: Assignment, train: Trainer, observe: ComparisonObserver, *, fp32_stands: bool
+    assignment: Assignment, train: Trainer, observe: Observer, *, fp32_stands: bool
 ) -> RunRecord:
     """Train, and take a failure of the numbers for the result that it is.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from narrowcast.records.comparison import ArmRecord, ControlRecord, Protocol, VerdictRecord
-from narrowcast.records.run import Environment
+from narrowcast.records.run import Environment, policy_in
 
 __all__ = ["what_was_not_tested"]
 
@@ -23,7 +23,7 @@ def what_was_not_tested(
 ) -> tuple[str, ...]:
     """Return the sentences, the most general limit first."""
     return (
-        *_design(protocol),
+        *_design(protocol, arms),
         *_seeds(protocol, verdicts),
         *_device(protocol, environment),
         *_evaluation(protocol, arms),
@@ -31,16 +31,30 @@ def what_was_not_tested(
     )
 
 
-def _design(protocol: Protocol) -> Iterator[str]:
+def _design(protocol: Protocol, arms: Sequence[ArmRecord]) -> Iterator[str]:
     yield (
         f"Longer training: every run took {protocol.steps} steps; what low precision does later "
         "was not seen."
     )
+    if any(_starts_alike(arm) for arm in arms):
+        yield (
+            "Other initial weights: all seeds started from the same ones, which the recipe sets "
+            "itself."
+        )
+        varied = "data order and dropout"
+    else:
+        varied = "initial weights, data order and dropout"
     yield (
-        "Other data and other evaluation samples: the seeds vary initial weights, data order and "
-        "dropout of one recipe, with one set of options and one evaluation set."
+        f"Other data and other evaluation samples: the seeds vary {varied} of one recipe, with one "
+        "set of options and one evaluation set."
     )
     yield "Options tuned for a precision: every arm used those of the recipe."
+
+
+def _starts_alike(arm: ArmRecord) -> bool:
+    """Whether several seeds began with one set of weights."""
+    hashes = arm.initial_weights_hashes
+    return len(hashes) > 1 and len(set(hashes)) == 1 and hashes[0] != ""
 
 
 def _seeds(protocol: Protocol, verdicts: Sequence[VerdictRecord]) -> Iterator[str]:
@@ -65,8 +79,9 @@ def _device(protocol: Protocol, environment: Environment) -> Iterator[str]:
     if not environment.device.startswith("cpu"):
         return
     yield "Speed on a GPU: step times on a CPU say nothing about it, and its memory differs."
-    rehearsed = {str(policy.get("autocast_rules")) for policy in protocol.policies.values()}
-    autocasts = any(p.get("param") != p.get("compute") for p in protocol.policies.values())
+    policies = [policy_in(plan) for plan in protocol.plans.values()]
+    rehearsed = {str(policy.get("autocast_rules")) for policy in policies}
+    autocasts = any(p.get("param") != p.get("compute") for p in policies)
     if autocasts and "cuda" not in rehearsed:
         yield (
             "CUDA's autocast: on a CPU autocast keeps other operations in fp32 than on a GPU "

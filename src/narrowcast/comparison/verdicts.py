@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 from narrowcast import stats
 from narrowcast.records.comparison import ArmRecord, Protocol, Verdict, VerdictRecord
+from narrowcast.records.run import policy_in
 from narrowcast.stats import Spread
 
 __all__ = ["differences_per_seed", "judge", "standard_deviation_of_difference"]
@@ -160,12 +161,12 @@ def _settled_by_failures(
     if own - fp32:
         also = f"; {name} diverged on {len(fp32)} of {n} seeds itself" if fp32 else ""
         return "FAILED", (
-            f"{len(own)} of {n} runs diverged, {len(own - fp32)} of them on seeds on which {name} "
-            f"did not{also}"
+            f"{len(own)} of {n} runs {_failed(arm)}, {len(own - fp32)} of them on seeds on which "
+            f"{name} did not{also}"
         )
     if own:
         return "NOT A PRECISION PROBLEM", (
-            f"{len(own)} of {n} runs diverged, and {name} diverged on the same seeds: "
+            f"{len(own)} of {n} runs {_failed(arm)}, and {name} diverged on the same seeds: "
             "the training itself is unstable"
         )
     if reference.diverged:
@@ -174,6 +175,14 @@ def _settled_by_failures(
             "none: without the reference's values there is nothing to compare with"
         )
     return None
+
+
+def _failed(arm: ArmRecord) -> str:
+    """Say how an arm's runs failed: a recipe that raises tells nothing of its numbers."""
+    raised, others = len(arm.raised), len(arm.diverged) - len(arm.raised)
+    if raised and others:
+        return f"failed (the recipe raised in {raised}, {others} diverged)"
+    return "ended because the recipe raised" if raised else "diverged"
 
 
 def _undecided(protocol: Protocol) -> Verdict:
@@ -288,14 +297,18 @@ def _reassures(joint: _Joint, alpha: float) -> bool:
 
 
 def _not_executed(protocol: Protocol, arm: ArmRecord) -> str:
-    """Say in what an arm executed that was nowhere in its precision; empty where some of it was."""
-    if arm.precision_honoured is not False:
+    """Say in what an arm executed that was nowhere in its precision; empty where some of it was.
+
+    Products and convolutions decide; in a model that has none, anything else but a cast.
+    """
+    compute = policy_in(protocol.plans.get(arm.precision, {})).get("compute", "fp32")
+    calls = {kind: by for kind, by in arm.executed_dtypes.items() if by and kind != "cast"}
+    deciding = {kind: calls[kind] for kind in _HEAVY if kind in calls} or calls
+    if compute == "fp32" or not deciding:  # nothing was measured, or nothing could be missing
         return ""
-    compute = protocol.policies.get(arm.precision, {}).get("compute", arm.precision)
-    heavy = {kind: arm.executed_dtypes[kind] for kind in _HEAVY if arm.executed_dtypes.get(kind)}
-    if not heavy or any(by.get(str(compute)) for by in heavy.values()):
+    if any(by.get(str(compute)) for by in deciding.values()):
         return ""
-    ran = "; ".join(f"{kind} in {', '.join(sorted(by))}" for kind, by in heavy.items())
+    ran = "; ".join(f"{kind} in {', '.join(sorted(by))}" for kind, by in deciding.items())
     return f"{arm.precision} was not executed: {ran}, nothing in {compute}"
 
 

@@ -32,22 +32,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from narrowcast.activations.rules import load_rounding_state, rounding_state
 from narrowcast.engine import gradients
 from narrowcast.engine.lanes import Lane, StepReport
+from narrowcast.engine.levers import apply_levers
+from narrowcast.engine.losses import Seeds, unusable_loss
 from narrowcast.engine.parts import (
     ONLY,
     AskedScale,
     build_lanes,
     choose_device,
-    choose_policy_for,
+    choose_plan_for,
     claim,
     require_keys,
     require_numbers,
-    require_same_policy,
+    require_same_plan,
     require_unclaimed,
 )
+from narrowcast.engine.stores import Masters, require_stores
 from narrowcast.engine.surroundings import Surroundings
 from narrowcast.errors import UnknownName, UsageError
+from narrowcast.optim.release import require_compatible
+from narrowcast.plan import Plan
 from narrowcast.policy import POLICIES, Policy
 from narrowcast.precision.cast import (
     backward_context,
@@ -108,7 +114,7 @@ class Engine:
         self,
         model: nn.Module,
         optimizer: Optimizer | Mapping[str, Optimizer],
-        policy: Policy | str,
+        policy: Policy | Plan | str,
         *,
         scheduler: Any = None,
         accumulate: int = 1,
@@ -121,23 +127,32 @@ class Engine:
         require_numbers(accumulate, clip_norm, max_consecutive_skips)
         self.model = model
         self.device = choose_device(model, device)
-        self.policy, self.policy_reason = choose_policy_for(self.device, policy)
-        require_unclaimed(model, self.policy)
-        self._accumulate = accumulate
+        self.plan, self.policy_reason = choose_plan_for(self.device, policy)
+        self.policy = self.plan.policy
+        require_unclaimed(model, self.plan)
+        self._accumulate = accumulate * self.plan.micro_batches
         self._clip_norm = clip_norm
         self._limit = max_consecutive_skips
         self._skips: list[SkippedStep] = []
         self._inside: str | None = None
         self._has_forwarded = False
-        self._seeds: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        self._seeds = Seeds()
+        optimizers = optimizer if isinstance(optimizer, Mapping) else {ONLY: optimizer}
+        require_stores(model, self.plan, optimizers)
+        if self.plan.gradients == "release":
+            require_compatible(
+                accumulate=self._accumulate, clip_norm=clip_norm, is_loss_scaled=scale is not None
+            )
+        self._masters = Masters(optimizers.values())
         prepare_model(model, self.policy, self.device)
+        self.levers = apply_levers(model, self.plan)
         self._lanes = build_lanes(
             model,
-            self.policy,
+            self.plan,
             optimizer,
             scheduler=scheduler,
             ema=ema,
-            accumulate=accumulate,
+            accumulate=self._accumulate,
             scale=scale,
         )
         self._only = None if isinstance(optimizer, Mapping) else self._lanes[ONLY]
@@ -147,7 +162,7 @@ class Engine:
         self._around_forward = around_forward
         self._around_backward = Surroundings(self.policy, kind, backward_context(self.policy, kind))
         self._around_step = Surroundings(self.policy, kind)
-        claim(model, self, self.policy)
+        claim(model, self, self.plan)
 
     def forward(self) -> AbstractContextManager[None]:
         """Return the context for the forward pass and the loss: autocast as the policy says."""
@@ -169,7 +184,7 @@ class Engine:
         if self._inside is not None or torch.is_autocast_enabled(self.device.type):
             raise self._refusal("engine.backward", self._inside or "autocast")
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise _unusable_loss(loss)
+            raise unusable_loss(loss)
         if not self._has_forwarded:
             raise UsageError(
                 "engine.backward(loss), but engine.forward() was never entered: the loss was not "
@@ -184,7 +199,7 @@ class Engine:
             with self._around_backward:
                 gradients.run_backward(
                     loss,
-                    self._seed(scale / self._accumulate, loss),
+                    self._seeds.of(scale / self._accumulate, loss),
                     retain_graph=retain_graph,
                     inputs=None if self._only is not None else lane.parameters(),
                 )
@@ -251,7 +266,7 @@ class Engine:
             target.eval()
             with torch.no_grad():
                 if precision == "fp32":
-                    with numeric_settings(POLICIES["fp32"]), full_precision(target):
+                    with numeric_settings(POLICIES["fp32"]), full_precision(target, self._masters.widen):
                         yield "fp32"
                 else:
                     with self._around_forward:
@@ -278,6 +293,18 @@ class Engine:
         """Return the current scale of each loss that an optimizer has seen."""
         return {loss: s.scale for loss, s in self._lane(name).scales.items()}
 
+    def weights(self) -> dict[str, Any]:
+        """Return the model's state dict, with the fp32 masters of an optimizer that stores them."""
+        return self._masters.state_of(self.model)
+
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Load what `weights` returned, or any state dict of the model, and into the stores too.
+
+        Raises CheckpointError for names or shapes that are not the model's.
+        """
+        self._require_boundary("load_weights")
+        self._masters.load(self.model, state)
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue, but for the model's weights and random states.
 
@@ -285,9 +312,10 @@ class Engine:
         """
         self._require_boundary("state_dict")
         return {
-            "policy": to_json(self.policy),
+            "plan": to_json(self.plan),
             "lanes": {name: lane.state_dict() for name, lane in self._lanes.items()},
             "skips": to_json(self._skips),
+            "roundings": rounding_state(self.model),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -297,7 +325,7 @@ class Engine:
         """
         self._require_boundary("load_state_dict")
         require_keys("state of the engine", saved, set(self.state_dict()))
-        require_same_policy(self.policy, saved["policy"])
+        require_same_plan(self.plan, saved["plan"])
         require_keys("state of the optimizers", saved["lanes"], set(self._lanes))
         for name, lane in self._lanes.items():
             require_keys(
@@ -306,6 +334,16 @@ class Engine:
         for name, lane in self._lanes.items():
             lane.load_state_dict(saved["lanes"][name])
         self._skips = [from_json(SkippedStep, skip) for skip in saved["skips"]]
+        load_rounding_state(self.model, saved["roundings"])
+
+    def load_optimizer(self, saved: Mapping[str, Any]) -> None:
+        """Load only the optimizers' states of what `state_dict` returned: their masters are there.
+
+        For an engine that is to evaluate, without the scheduler that the training had.
+        """
+        require_keys("state of the optimizers", saved["lanes"], set(self._lanes))
+        for name, lane in self._lanes.items():
+            lane.optimizer.load_state_dict(saved["lanes"][name]["optimizer"])
 
     def _record(self, lane: Lane, report: StepReport) -> StepReport:
         """Write a skipped step into the ledger, and give up when there were too many in a row."""
@@ -352,21 +390,6 @@ class Engine:
         lane = self._lane(name if optimizer is None else optimizer)
         return lane, name or lane.name
 
-    def _seed(self, factor: float, loss: Tensor) -> Tensor:
-        """Return the gradient that backward starts from, of the loss's shape, dtype and device.
-
-        Starting from it is the same as multiplying the loss, without a product to overflow. In fp16
-        65,536 is infinite, as in torch's GradScaler: the scale then moves down once.
-        """
-        key = (factor, loss.dtype, loss.device)
-        seed = self._seeds.get(key)
-        if seed is None:
-            if not loss.is_floating_point():
-                raise _unusable_loss(loss)
-            wide = torch.full((), factor, dtype=torch.float64, device=loss.device)
-            seed = self._seeds[key] = wide.to(loss.dtype)
-        return seed if loss.dim() == 0 else seed.expand(loss.shape)
-
     def _require_boundary(self, what: str) -> None:
         for lane in self._lanes.values():
             if lane.source is not None:
@@ -376,20 +399,3 @@ class Engine:
                     hint="call it after engine.step() returned a complete report, or make one with "
                     "engine.step(flush=True), or drop the gradients with engine.zero_grad()",
                 )
-
-
-def _unusable_loss(loss: object) -> UsageError:
-    if not isinstance(loss, Tensor):
-        return UsageError(
-            f"the loss is a {type(loss).__name__}", hint="pass the tensor, not .item()"
-        )
-    if loss.numel() != 1 or loss.is_complex():
-        return UsageError(
-            f"the loss is {loss.dtype} of shape {tuple(loss.shape)}, not one real number",
-            hint="reduce it first, as with loss.mean()",
-        )
-    return UsageError(
-        "the loss does not depend on anything that requires a gradient",
-        hint="was the forward pass run under torch.no_grad() or engine.evaluating(), or the loss "
-        "detached?",
-    )

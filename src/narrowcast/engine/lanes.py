@@ -8,8 +8,9 @@ per loss. A lane keeps the two together from the first backward pass of an effec
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from narrowcast.engine import gradients
-from narrowcast.errors import UsageError
+from narrowcast.errors import PrecisionError, UsageError
+from narrowcast.optim.narrow import NarrowOptimizer
+from narrowcast.optim.release import GradientRelease
 from narrowcast.records.run import SkipReason
 from narrowcast.scaling.scales import (
     DynamicScale,
@@ -48,7 +51,7 @@ class StepReport:
     loss_scale: float
     """The scale of this step's gradients, before it moved."""
     gradient_norm: float = math.nan
-    """L2 norm over all unscaled gradients, before clipping."""
+    """L2 norm over all unscaled gradients, before clipping; NaN where they were released."""
     parameters: tuple[str, ...] = ()
     """Of a skipped step: whose gradients were not finite, nearest the loss first, at most 8."""
     loss: str = ""
@@ -84,6 +87,14 @@ class _StepGuard:
             )
 
 
+def _released(lane: Lane, optimizer: Optimizer) -> GradientRelease:
+    """Step the optimizer's parameters during backward for as long as the lane lives."""
+    assert isinstance(optimizer, NarrowOptimizer), "a plan that releases gradients has stores"
+    release = GradientRelease(optimizer)
+    weakref.finalize(lane, release.detach)
+    return release
+
+
 class Lane:
     """One optimizer, what follows its applied steps, and the window that is open.
 
@@ -99,6 +110,7 @@ class Lane:
         names: Callable[[], Mapping[int, str]],
         first_scale: Callable[[str], LossScale],
         wide_sums: torch.dtype | None,
+        releases: bool = False,
     ) -> None:
         self.name = name
         self.optimizer = optimizer
@@ -122,6 +134,7 @@ class Lane:
         self._sums = None if wide_sums is None else gradients.WideSums(wide_sums)
         self._guard = _StepGuard(name)
         optimizer.register_step_pre_hook(self._guard)
+        self._release = _released(self, optimizer) if releases else None
 
     def scale_of(self, source: str) -> float:
         """Return the scale of a loss, which begins with its first backward pass."""
@@ -169,6 +182,8 @@ class Lane:
     def close(self, accumulate: int, clip_norm: float | None) -> StepReport:
         """Unscale, check, clip and step; or skip. `discard` comes next in either case."""
         pending = self._pending()
+        if self._release is not None and self._release.arrived:
+            return self._close_released(self._release, pending)
         if not pending:
             raise UsageError(
                 f"no backward pass reached a parameter of optimizer {self.name!r}",
@@ -189,11 +204,33 @@ class Lane:
             gradients.clip(pending, norms, clip_norm)
         self._hand_over()
         self._apply()
-        report = self._applied(norm)
-        # Counted before: what raises here finds the weights moved, and the count must say so.
-        for _, follow in self.followers.values():
-            follow()
-        return report
+        return self._applied(norm)
+
+    def _close_released(self, release: GradientRelease, pending: list[Tensor]) -> StepReport:
+        """End a step whose parameters stepped during backward; what is pending steps now.
+
+        Where every gradient was broken nothing has moved, and the step is skipped. Raises
+        PrecisionError where only some were: the others have stepped already.
+        """
+        total = len(release.arrived) + len(pending)
+        broken = pending if pending and not bool(gradients.all_finite(pending)) else []
+        if broken:
+            gradients.discard(self.optimizer)
+        self._apply()
+        skipped = [*release.skipped, *broken]
+        if not skipped:
+            return self._applied(math.nan)
+        names = self._names()
+        said = tuple(names.get(id(p), "a parameter of another module") for p in skipped)
+        if len(skipped) < total:
+            raise PrecisionError(
+                f"step {self.progress.tried + 1}: gradients of {len(skipped)} of {total} "
+                f"parameters were not finite ({', '.join(said[:3])}), and the others had stepped "
+                "during backward",
+                hint="keep the gradients until all are checked: gradients='keep' in the plan",
+            )
+        report = self._skip(math.nan)
+        return replace(report, parameters=said[:8])
 
     def _pending(self) -> list[Tensor]:
         """List the pending gradients, or their wide sums, as dense tensors."""
@@ -218,6 +255,9 @@ class Lane:
         progress.applied += 1
         if progress.row.skipped:
             progress.row = progress.row.after_applied()
+        # Counted before: what raises here finds the weights moved, and the count must say so.
+        for _, follow in self.followers.values():
+            follow()
         return StepReport(
             applied=True, step=progress.tried, loss_scale=self.scale, gradient_norm=norm
         )
@@ -269,6 +309,8 @@ class Lane:
         gradients.discard(self.optimizer)
         if self._sums is not None:
             self._sums.discard()
+        if self._release is not None and self._release.arrived:
+            self._release.end()
         self.source = None
         self._guard.is_armed = False
         self._losses.clear()

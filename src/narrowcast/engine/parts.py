@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 
 from narrowcast.engine.lanes import Followers, Lane
 from narrowcast.errors import CheckpointError, UnknownName, UsageError
-from narrowcast.policy import POLICIES, Policy
+from narrowcast.plan import PLANS, Plan
+from narrowcast.policy import Policy
 from narrowcast.precision.cast import torch_dtype
-from narrowcast.precision.device import device_at_hand, require, resolve_policy
+from narrowcast.precision.device import device_at_hand, require, resolve_plan
 from narrowcast.records.codec import to_json
 from narrowcast.scaling.scales import DynamicScale, LossScale, NoScale, StaticScale
 from narrowcast.scaling.skips import SkipLimit, require_skip_limit
@@ -31,21 +32,21 @@ __all__ = [
     "AskedScale",
     "build_lanes",
     "choose_device",
-    "choose_policy_for",
+    "choose_plan_for",
     "claim",
     "require_keys",
     "require_numbers",
-    "require_same_policy",
+    "require_same_plan",
     "require_unclaimed",
 ]
 
 ONLY = "optimizer"
 """The lane's name where there is one optimizer."""
 
-_OWNERS: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Policy]] = (
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Plan]] = (
     weakref.WeakKeyDictionary()
 )
-"""The newest engine of each model, and the policy that it prepared the model for."""
+"""The newest engine of each model, and the plan that it prepared the model for."""
 
 AskedScale = LossScale | float | Mapping[str, LossScale | float] | None
 
@@ -68,29 +69,35 @@ def require_numbers(
     require_skip_limit(max_consecutive_skips)
 
 
-def claim(model: nn.Module, engine: object, policy: Policy) -> None:
+def claim(model: nn.Module, engine: object, plan: Plan) -> None:
     """Note that the model is prepared for this engine; neither is kept alive by it."""
-    _OWNERS[model] = (weakref.ref(engine), policy)
+    _OWNERS[model] = (weakref.ref(engine), plan)
 
 
-def require_unclaimed(model: nn.Module, policy: Policy) -> None:
-    """Raise UsageError if an engine that still lives prepared the model for another policy."""
-    owner, owners_policy = _OWNERS.get(model, (None, policy))
-    if owner is None or _preparation(owners_policy) == _preparation(policy) or owner() is None:
+def require_unclaimed(model: nn.Module, plan: Plan) -> None:
+    """Raise UsageError if an engine that still lives prepared the model for another plan."""
+    owner, owners_plan = _OWNERS.get(model, (None, plan))
+    if owner is None or _preparation(owners_plan) == _preparation(plan) or owner() is None:
         return
     gc.collect()  # an engine holds itself in a cycle, so that it may be dropped and not yet gone
     if owner() is not None:
         raise UsageError(
-            f"the model belongs to an engine with policy {owners_policy.name!r}, and a second one "
-            f"with {policy.name!r} would change its casts under the first",
-            hint="use the engine that there is, build a model for each policy, or let go of the "
+            f"the model belongs to an engine with precision {owners_plan.name!r}, and a second one "
+            f"with {plan.name!r} would change it under the first",
+            hint="use the engine that there is, build a model for each precision, or let go of the "
             "first engine (del engine) before",
         )
 
 
-def _preparation(policy: Policy) -> tuple[object, ...]:
-    """Return what a policy changes in a model itself; autocast lives in the engine's contexts."""
-    return policy.param, policy.keep_fp32
+def _preparation(plan: Plan) -> tuple[object, ...]:
+    """Return what a plan changes in a model itself; autocast lives in the engine's contexts."""
+    return (
+        plan.policy.param,
+        plan.policy.keep_fp32,
+        plan.gradients,
+        plan.activations,
+        plan.loss,
+    )
 
 
 def choose_device(model: nn.Module, asked: torch.device | str | None) -> torch.device:
@@ -111,22 +118,23 @@ def choose_device(model: nn.Module, asked: torch.device | str | None) -> torch.d
     return found.pop() if found else device_at_hand()
 
 
-def choose_policy_for(device: torch.device, asked: Policy | str) -> tuple[Policy, str]:
-    """Return the policy and why it is this one; raises UnsupportedPrecision if it cannot be."""
+def choose_plan_for(device: torch.device, asked: Plan | Policy | str) -> tuple[Plan, str]:
+    """Return the plan and why it is this one; raises UnsupportedPrecision if it cannot be."""
     if isinstance(asked, str):
-        return resolve_policy(asked, device)
-    if not isinstance(asked, Policy):
+        return resolve_plan(asked, device)
+    if not isinstance(asked, (Plan, Policy)):
         raise UsageError(
             f"the policy is {asked!r:.80}, a {type(asked).__name__}",
-            hint=f"pass a Policy or a name: auto, {', '.join(POLICIES)}",
+            hint=f"pass a Policy, a Plan or a name: auto, {', '.join(PLANS)}",
         )
-    require(asked, device)
-    return asked, "as asked"
+    plan = asked if isinstance(asked, Plan) else Plan(name=asked.name, policy=asked)
+    require(plan.policy, device)
+    return plan, "as asked"
 
 
 def build_lanes(
     model: nn.Module,
-    policy: Policy,
+    plan: Plan,
     optimizer: Optimizer | Mapping[str, Optimizer],
     *,
     scheduler: Any,
@@ -149,6 +157,7 @@ def build_lanes(
     for name, candidate in optimizers.items():
         _require_plain_step(candidate, name)
     _require_membership(model, optimizers, several=several)
+    policy = plan.policy
     reduce = torch_dtype(policy.reduce)
     narrow = any(p.element_size() < reduce.itemsize for p in model.parameters())
     return {
@@ -159,6 +168,7 @@ def build_lanes(
             names=lambda: {id(p): name for name, p in model.named_parameters()},
             first_scale=lambda source: _first_scale(source, policy, scale),
             wide_sums=reduce if narrow and accumulate > 1 else None,
+            releases=plan.gradients == "release",
         )
         for name, each in optimizers.items()
     }
@@ -311,13 +321,16 @@ def require_keys(what: str, saved: Mapping[str, Any], expected: set[str]) -> Non
         )
 
 
-def require_same_policy(policy: Policy, saved: Any) -> None:
-    """Raise CheckpointError, naming what differs, unless a policy was saved from an equal one."""
-    own = to_json(policy)
+def require_same_plan(plan: Plan, saved: Any) -> None:
+    """Raise CheckpointError, naming what differs, unless a plan was saved from an equal one."""
+    own = {**to_json(plan), **to_json(plan.policy)}
+    saved = {**saved, **saved["policy"]}
+    for axes in own, saved:
+        del axes["policy"]
     differing = [key for key in {*own, *saved} if own.get(key) != saved.get(key)]
     if differing:
         changes = ", ".join(f"{k}: {saved.get(k)!r} -> {own.get(k)!r}" for k in sorted(differing))
         raise CheckpointError(
-            f"the saved state is of another policy ({changes})",
+            f"the saved state is of another precision ({changes})",
             hint="to go on in another precision, load the weights alone and start a new engine",
         )

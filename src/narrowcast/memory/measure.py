@@ -17,7 +17,7 @@ Limitations are in docs/memory-ledger.md.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -150,6 +150,10 @@ class MemoryLedger:
             reserved_bytes=self._allocator.get("reserved"),
             notes=tuple(self._notes(held, peak)),
         )
+
+    def events(self) -> Sequence[tuple[Holding, int]]:
+        """Return every change of a storage's bytes so far, in order; it grows while open."""
+        return self._book.log
 
     def peak_lines(self, *phases: str) -> dict[str, int]:
         """Return bytes by category at the highest moment of these phases; they must have run."""

@@ -31,6 +31,7 @@ __all__ = [
     "format_name",
     "forward_context",
     "full_precision",
+    "kept_parameters",
     "numeric_settings",
     "prepare_model",
     "settings_hold",
@@ -187,6 +188,11 @@ def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) 
     if model not in kept:
         model.register_forward_pre_hook(CastInputs(compute), with_kwargs=True, prepend=True)
     model.register_forward_hook(CastOutputs(torch_dtype(policy.output)))
+
+
+def kept_parameters(model: nn.Module, policy: Policy) -> list[nn.Parameter]:
+    """List the parameters of the modules that the policy keeps in fp32, inner modules included."""
+    return [p for module in _kept_modules(model, policy) for p in module.parameters()]
 
 
 def _kept_modules(model: nn.Module, policy: Policy) -> dict[nn.Module, str]:

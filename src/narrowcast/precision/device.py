@@ -20,7 +20,8 @@ from torch import nn
 
 from narrowcast import __version__
 from narrowcast.errors import UnknownName, UnsupportedPrecision, UsageError
-from narrowcast.policy import POLICIES, Policy, policy_named
+from narrowcast.plan import Plan, plan_named
+from narrowcast.policy import POLICIES, Policy
 from narrowcast.precision import speed
 from narrowcast.records.device import DeviceRecord, FormatSpeed
 from narrowcast.records.run import Environment
@@ -33,7 +34,7 @@ __all__ = [
     "environment",
     "measure_device",
     "require",
-    "resolve_policy",
+    "resolve_plan",
     "warnings_before_run",
 ]
 
@@ -145,16 +146,17 @@ def _can(policy: Policy, able: Mapping[str, Capability]) -> bool:
     return all(f in able and able[f].supported for f in (policy.compute, policy.param))
 
 
-def resolve_policy(name: str, device: torch.device) -> tuple[Policy, str]:
-    """Return the policy of this name or alias, and why; ``auto`` chooses one for the device.
+def resolve_plan(name: str, device: torch.device) -> tuple[Plan, str]:
+    """Return the plan of this name or alias, and why; ``auto`` chooses one for the device.
 
     Raises UnknownName, or UnsupportedPrecision if the device cannot.
     """
     if name == "auto":
-        return choose_policy(device)
-    policy = policy_named(name)
-    require(policy, device)
-    return policy, "as asked"
+        policy, why = choose_policy(device)
+        return plan_named(policy.name), why
+    plan = plan_named(name)
+    require(plan.policy, device)
+    return plan, "as asked"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ that is loaded, BatchNorm statistics) would end with them, without a word; so it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,14 @@ from narrowcast.precision.islands import (
     switch_autocast_off,
 )
 
-__all__ = ["full_precision", "own_tensors"]
+__all__ = ["Widen", "full_precision", "own_tensors"]
+
+Widen = Callable[[Tensor], Tensor]
+"""Gives the fp32 values that a 16-bit tensor of a model stands for."""
+
+
+def _to_fp32(tensor: Tensor) -> Tensor:
+    return tensor.data.to(torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +41,16 @@ class _Widened:
     tensor: Tensor
     narrow: Tensor
     wide: Tensor
+    widen: Widen
     version: int | None
 
     @classmethod
-    def of(cls, path: str, module: nn.Module, slot: str, tensor: Tensor) -> _Widened:
+    def of(
+        cls, path: str, module: nn.Module, slot: str, tensor: Tensor, widen: Widen
+    ) -> _Widened:
         narrow = tensor.data
-        tensor.data = wide = narrow.to(torch.float32)
+        wide = widen(tensor)
+        tensor.data = wide
         return cls(
             name=f"{path}.{slot}" if path else slot,
             module=module,
@@ -47,6 +58,7 @@ class _Widened:
             tensor=tensor,
             narrow=narrow,
             wide=wide,
+            widen=widen,
             version=_version(tensor),
         )
 
@@ -71,8 +83,16 @@ class _Widened:
         # compared bit by bit (NaN equals itself), which costs one sync each on CUDA.
         uncounted = self.version is None or self.slot in self.module._buffers
         return uncounted and not torch.equal(
-            self.wide.view(torch.int32), self.narrow.to(torch.float32).view(torch.int32)
+            self.wide.view(torch.int32), self._as_it_was().view(torch.int32)
         )
+
+    def _as_it_was(self) -> Tensor:
+        """Widen once more what is stored."""
+        self.tensor.data = self.narrow
+        try:
+            return self.widen(self.tensor)
+        finally:
+            self.tensor.data = self.wide
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -81,11 +101,12 @@ def _version(tensor: Tensor) -> int | None:
 
 
 @contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
+def full_precision(model: nn.Module, widen: Widen = _to_fp32) -> Iterator[None]:
     """Run the model in fp32 from its stored weights, even inside somebody's autocast.
 
     Weights and buffers of less than four bytes are widened for the time being (which costs their
-    fp32 size in memory) and afterwards are the same storage with the same bits. Training or
+    fp32 size in memory), by `widen` where more is known of them than their own bits: a master that
+    an optimizer keeps. Afterwards they are the same storage with the same bits. Training or
     evaluation mode is left alone. Raises UsageError at the end, with everything restored, if one
     of them was written to: the change would be lost.
     """
@@ -107,7 +128,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     try:
         for hook in hooks:
             hook.active = False
-        widened.extend(_Widened.of(*entry) for entry in narrow)
+        widened.extend(_Widened.of(*entry, widen) for entry in narrow)
         yield
         written = [w.name for w in widened if w.is_written()]
     finally:

@@ -24,7 +24,7 @@ import difflib
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,11 +37,22 @@ from narrowcast.recipes.options import (
     OptionValue,
     describe_options,
     parse_overrides,
+    recorded_overrides,
 )
 from narrowcast.recipes.recipe import Recipe
 from narrowcast.user_code import user_code
 
-__all__ = ["Recipe", "RecipeDescription", "builtin_recipes", "load_recipe", "option_values"]
+__all__ = [
+    "Recipe",
+    "RecipeDescription",
+    "builtin_recipes",
+    "load_again",
+    "load_recipe",
+    "option_values",
+]
+
+Overrides = Sequence[str] | Mapping[str, OptionValue]
+"""``name=value`` as typed, or the values of a record."""
 
 _REQUIRED = {
     "model": ("options",),
@@ -65,15 +76,18 @@ class RecipeDescription:
     options: tuple[OptionDescription, ...]
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Overrides = ()) -> Recipe:
     """Load a built-in recipe by name, or any recipe file by path, with some options overridden.
+
+    `overrides` are texts such as ``"lr=0.1"``, or a mapping of values as ``run.json`` holds it.
 
     Loading runs the file, as importing it would. Its directory is added to the end of ``sys.path``,
     so that it can import its neighbours. They are executed anew, and hashed with the file; a module
     that is imported only within a function, or was imported before by other code, is not.
 
     Raises UnknownName for an unknown recipe, option or choice; UsageError for a value that its
-    option cannot have; RecipeError for a file that is missing, incomplete or raises.
+    option cannot have, or a file that does not exist; RecipeError for one that is incomplete or
+    raises.
     """
     path = _locate(str(name_or_path))
     source = _read(path)
@@ -82,7 +96,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     _check_parts(path, module)
     with user_code(path, "Options"):
         described = describe_options(module.Options, source.decode())
-        chosen = parse_overrides(module.Options, overrides)
+        if isinstance(overrides, Mapping):
+            chosen = recorded_overrides(module.Options, overrides)
+        else:
+            chosen = parse_overrides(module.Options, overrides)
         options = module.Options(**chosen)
     recipe = Recipe(
         name=path.stem,
@@ -90,9 +107,24 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         options=options,
         source_hash=hash_sources(source, imported),
         module=module,
+        overrides=chosen,
     )
     _check_values(recipe, {d.name for d in described})
     return recipe
+
+
+def load_again(recipe: Recipe) -> Recipe:
+    """Load the same recipe with the same options as a fresh module, its globals as at the start.
+
+    Raises what `load_recipe` raises, and RecipeError if the file is another one by now.
+    """
+    fresh = load_recipe(recipe.path, recipe.overrides)
+    if fresh.source_hash != recipe.source_hash:
+        raise RecipeError(
+            f"{recipe.path} or a module that it imports was edited since it was loaded",
+            hint="undo the edit to go on, or begin anew",
+        )
+    return fresh
 
 
 def option_values(recipe: Recipe) -> dict[str, OptionValue]:
@@ -123,7 +155,7 @@ def _locate(name_or_path: str) -> Path:
         others = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, others, n=1, cutoff=0.5)
         guess = f"did you mean {path.parent / near[0]}? " if near else ""
-        raise RecipeError(
+        raise UsageError(
             f"there is no recipe file {name_or_path}",
             hint=f"{guess}`narrowcast recipes new {path}` writes one to start from",
         )

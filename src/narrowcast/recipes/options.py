@@ -12,13 +12,19 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from narrowcast.errors import RecipeError, UnknownName, UsageError
 
-__all__ = ["OptionDescription", "OptionValue", "describe_options", "parse_overrides"]
+__all__ = [
+    "OptionDescription",
+    "OptionValue",
+    "describe_options",
+    "parse_overrides",
+    "recorded_overrides",
+]
 
 OptionValue = str | int | float | bool | None
 
@@ -78,6 +84,20 @@ def parse_overrides(options_class: type, overrides: Iterable[str]) -> dict[str, 
     return values
 
 
+def recorded_overrides(
+    options_class: type, recorded: Mapping[str, OptionValue]
+) -> dict[str, OptionValue]:
+    """Take over the values that a record holds: they had their types before they were written.
+
+    Raises UnknownName for an option that the recipe has no longer.
+    """
+    kinds = _kinds(options_class)
+    for name in recorded:
+        if name not in kinds:
+            raise UnknownName.of("option", name, kinds)
+    return dict(recorded)
+
+
 def _kinds(options_class: type) -> dict[str, tuple[Any, ...]]:
     """Map each option to the simple types, Literals and NoneType that its values may have."""
     hints = typing.get_type_hints(options_class)
@@ -117,7 +137,7 @@ def _type_name(kinds: Iterable[Any]) -> str:
 
 
 def _parse(name: str, text: str, kinds: tuple[Any, ...]) -> OptionValue:
-    for kind in kinds:
+    for kind in sorted(kinds, key=lambda kind: kind is str):  # last, since any text is a str
         try:
             return _read(text, kind)
         except ValueError:

@@ -6,7 +6,7 @@ return, and not three layers further down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +44,8 @@ class Recipe:
     """SHA-256 (hex) of the file and of the user's modules that it imports, so that a run is never
     continued with another recipe."""
     module: ModuleType = field(repr=False)
+    overrides: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The options that were given; `options` has the others at their defaults."""
 
     @property
     def batch_size(self) -> int:

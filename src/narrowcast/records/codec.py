@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from narrowcast.errors import NarrowcastError
 
-__all__ = ["digest", "dumps", "from_json", "loads", "to_json"]
+__all__ = ["RecordError", "digest", "dumps", "from_json", "loads", "parse", "to_json"]
 
 R = TypeVar("R")
 
@@ -56,14 +56,19 @@ def dumps(record: Any, *, indent: int | None = 2) -> str:
 
 def loads(kind: type[R], text: str) -> R:
     """Read a record from JSON text; raises RecordError if it is not one."""
+    return from_json(kind, parse(text, kind.__name__))
+
+
+def parse(text: str, what: str) -> Any:
+    """Read JSON text; raises RecordError, which calls it not a `what`, if it is none."""
+    hint = "the file is truncated or was edited"
     try:
-        data = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise RecordError(
-            f"not a {kind.__name__}: invalid JSON at line {error.lineno}",
-            hint="the file is truncated or was edited",
-        ) from None
-    return from_json(kind, data)
+        message = f"not a {what}: invalid JSON at line {error.lineno} ({error.msg})"
+        raise RecordError(message, hint=hint) from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; a thousand brackets
+        raise RecordError(f"not a {what}: {error}", hint=hint) from None
 
 
 def digest(record: Any) -> str:
@@ -84,6 +89,9 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         _expect(isinstance(data, dict), where, "an object", data)
         value_kind = typing.get_args(kind)[1]
         return {key: _read(value_kind, item, f"{where}[{key!r}]") for key, item in data.items()}
+    if origin is typing.Literal:
+        choices = typing.get_args(kind)
+        _expect(data in choices, where, f"one of {', '.join(map(repr, choices))}", data)
     if kind is float:
         return _read_float(data, where)
     if kind in (int, str, bool):
@@ -96,6 +104,12 @@ def _read(kind: Any, data: Any, where: str) -> Any:
 def _read_record(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), where, "an object", data)
     fields = {f.name: f for f in dataclasses.fields(kind)}
+    if "schema" in fields and data.get("schema", fields["schema"].default) != fields["schema"].default:
+        raise RecordError(
+            f"{where} has schema {data['schema']!r}, and this version of narrowcast reads schema "
+            f"{fields['schema'].default}",
+            hint="use the version of narrowcast that wrote the file",
+        )
     unknown = sorted(set(data) - set(fields))
     missing = sorted(
         name
@@ -143,7 +157,11 @@ def _read_float(data: Any, where: str) -> float:
     if isinstance(data, str) and data in _SPECIAL:
         return _SPECIAL[data]
     _expect(isinstance(data, (int, float)) and not isinstance(data, bool), where, "a number", data)
-    return float(data)
+    try:
+        return float(data)
+    except OverflowError:
+        _expect(False, where, "a number that a double can hold", data)
+        raise
 
 
 def _expect(condition: object, where: str, expected: object, data: Any) -> None:

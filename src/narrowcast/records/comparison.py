@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from narrowcast.records.run import Environment, OptionValue
+from narrowcast.records.run import AxisValue, Environment, OptionValue
 
 __all__ = [
     "ArmRecord",
@@ -57,8 +57,8 @@ class Protocol:
     confidence: float
     """Of each one-sided bound: 0.95 for a two-sided interval of 90 %."""
     device: str
-    policies: dict[str, dict[str, str | list[str]]] = field(default_factory=dict)
-    """Arm -> every field of its policy."""
+    plans: dict[str, dict[str, AxisValue]] = field(default_factory=dict)
+    """Arm -> every axis of its plan (``plan.Plan``), its policy among them."""
     training: dict[str, OptionValue] = field(default_factory=dict)
     """What the training loop was told besides seed and steps: batch size, ...; and `data`, the
     SHA-256 of the first training and the first evaluation batch."""
@@ -93,6 +93,8 @@ class ArmRecord:
     diverged: tuple[int, ...]
     """Seeds whose run failed or ended with a non-finite metric; they count as failures."""
     failures: tuple[str, ...] = ()
+    raised: tuple[int, ...] = ()
+    """Those of `diverged` whose run ended because the recipe's own code raised."""
     peak_bytes: int | None
     step_seconds: float | None
     step_seconds_per_seed: tuple[float | None, ...] = ()
@@ -176,7 +178,7 @@ class VerdictRecord:
 class ComparisonRecord:
     """The whole comparison; `untested` says in words what it does not show."""
 
-    schema: int = 1
+    schema: int = 2
     protocol: Protocol
     arms: tuple[ArmRecord, ...]
     control: ControlRecord | None

@@ -97,4 +97,10 @@ class MemoryRecord:
     with the same batch; None where it was not asked, or could not follow."""
     break_even: BreakEven | None = None
     notes: tuple[str, ...] = ()
+    predicted: bool = False
+    """Whether the step was traced on tensors without contents; it was run and watched otherwise."""
+    assumptions: tuple[str, ...] = ()
+    """Of a prediction: what it takes for granted."""
+    margin_bytes: int | None = None
+    """Of a prediction for a GPU: what to leave free beyond ``reserved_bytes``; see assumptions."""
     options: dict[str, str | int | float | bool | None] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from narrowcast.records.codec import RecordError, from_json
 from narrowcast.records.memory import MemoryRecord
 
 __all__ = [
+    "AxisValue",
     "Environment",
     "Evaluation",
     "OptionValue",
@@ -22,9 +23,12 @@ __all__ = [
     "Status",
     "StepPoint",
     "parse_metrics",
+    "policy_in",
 ]
 
 OptionValue = str | int | float | bool | None
+AxisValue = str | int | list[dict[str, str]] | dict[str, str | list[str]]
+"""One field of a ``plan.Plan`` as JSON."""
 SkipReason = Literal["", "gradient overflow", "non-finite gradient", "non-finite loss"]
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -70,6 +74,8 @@ class Evaluation:
     """'fp32', or the policy's name when evaluated under its autocast."""
     metrics: dict[str, float]
     examples: int
+    data_hash: str = ""
+    """SHA-256 over the samples, batch after batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +93,7 @@ class SkippedStep:
 class RunRecord:
     """One training: what was asked, what really ran, what came out."""
 
-    schema: int = 1
+    schema: int = 2
     recipe: str
     recipe_path: str = ""
     """The recipe's file."""
@@ -95,7 +101,8 @@ class RunRecord:
     """SHA-256 of that file."""
     options: dict[str, OptionValue]
     precision: str
-    policy: dict[str, str | list[str]]
+    plan: dict[str, AxisValue]
+    """What ran: every axis of ``plan.Plan``, its policy among them."""
     seed: int
     planned_steps: int
     completed_steps: int = 0
@@ -104,6 +111,8 @@ class RunRecord:
     batch_size: int
     accumulate: int = 1
     clip_norm: float | None = None
+    deterministic: bool = True
+    """Whether only kernels that repeat their bits were allowed."""
     perturbation: str = ""
     """What was changed in the initial weights of a control run, in words."""
     status: Status = "running"
@@ -135,6 +144,12 @@ class RunRecord:
     finished: str = ""
     warnings: tuple[str, ...] = ()
     command: str = ""
+
+
+def policy_in(plan: dict[str, AxisValue]) -> dict[str, str | list[str]]:
+    """Return the policy of a recorded plan; {} for a record without one."""
+    found = plan.get("policy", {})
+    return found if isinstance(found, dict) else {}
 
 
 def parse_metrics(text: str) -> tuple[StepPoint | Evaluation, ...]:

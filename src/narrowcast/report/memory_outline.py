@@ -37,6 +37,8 @@ _TERMINAL_MODULES = 12
 
 def outline_of_memory(record: MemoryRecord) -> Outline:
     """Lay out one ledger."""
+    what = "Predicted memory" if record.predicted else "Memory"
+    predicted = "predicted " if record.predicted else ""
     sections = [
         Section(
             key="memory", title="Where the peak goes", blocks=memory_blocks(record), brief=True
@@ -44,7 +46,7 @@ def outline_of_memory(record: MemoryRecord) -> Outline:
         Section(key="modules", title="By module", blocks=module_blocks(record)),
         Section(
             key="step",
-            title="The step that was measured",
+            title=f"The step that was {'predicted' if record.predicted else 'measured'}",
             blocks=(
                 Facts(
                     pairs=(
@@ -59,8 +61,9 @@ def outline_of_memory(record: MemoryRecord) -> Outline:
         ),
     ]
     return Outline(
-        title=f"{record.recipe} in {record.precision}: {format_bytes(record.total_peak_bytes)}",
-        subtitle=f"Memory of one training step, batch {record.batch_size}, on {record.device}",
+        title=f"{record.recipe} in {record.precision}: "
+        f"{predicted}{format_bytes(record.total_peak_bytes)}",
+        subtitle=f"{what} of one training step, batch {record.batch_size}, on {record.device}",
         sections=tuple(s for s in sections if s.blocks),
         footer="Categories are counted by storage and add up to the peak to the byte.",
     )
@@ -71,15 +74,16 @@ def memory_blocks(record: MemoryRecord) -> tuple[Block, ...]:
     # A name in parentheses, such as "(outside modules)", is the ledger's and not a module's.
     inside = record.peak_module and not record.peak_module.startswith("(")
     where = f", in {record.peak_module}" if inside else ""
-    peak = (
-        f"The peak of {format_bytes(record.total_peak_bytes)} lies in {record.peak_phase}{where}."
-    )
+    the = "The predicted" if record.predicted else "The"
+    size = format_bytes(record.total_peak_bytes)
+    peak = f"{the} peak of {size} lies in {record.peak_phase}{where}."
     lines = (peak, *_break_even(record))
     blocks: list[Block] = [Prose(lines=lines), _lines_table(record), _chart(record)]
     if record.allocated_bytes is not None:
         blocks.append(_allocator(record))
-    if record.notes:
-        blocks.append(Prose(lines=record.notes, kind="list"))
+    assumed = tuple(f"assumed: {assumption}" for assumption in record.assumptions)
+    if assumed or record.notes:
+        blocks.append(Prose(lines=(*assumed, *record.notes), kind="list"))
     return tuple(blocks)
 
 
@@ -172,6 +176,7 @@ def _allocator(record: MemoryRecord) -> Facts:
                 ("requested by tensors", record.requested_bytes),
                 ("allocated (rounded to blocks)", record.allocated_bytes),
                 ("reserved from the device", record.reserved_bytes),
+                *((("margin to leave free", record.margin_bytes),) if record.predicted else ()),
             )
         )
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from narrowcast.records.run import Evaluation, RunRecord, StepPoint
+from narrowcast.records.run import Evaluation, RunRecord, StepPoint, policy_in
 from narrowcast.report.memory_outline import memory_blocks, module_blocks
 from narrowcast.report.parts import environment_facts, footer, options_text
 from narrowcast.report.shapes import (
@@ -279,7 +279,7 @@ def _dtypes(record: RunRecord) -> tuple[Block, ...]:
 def _asked(record: RunRecord) -> Facts:
     policy = " ".join(
         f"{name}={value if isinstance(value, str) else listed(value) or 'none'}"
-        for name, value in record.policy.items()
+        for name, value in policy_in(record.plan).items()
     )
     return Facts(
         pairs=(

@@ -1,4 +1,4 @@
-"""From a recipe, a policy and options to everything that a training loop turns.
+"""From a recipe, a plan and options to everything that a training loop turns.
 
 The order is fixed and every part is seeded for itself: data, then the model in fp32, then its
 hash, and only then the policy's cast. Two runs of one seed in two precisions therefore start from
@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 from narrowcast import __version__
 from narrowcast.data import BatchStream, evaluation_batches, to_device
 from narrowcast.engine.engine import Engine
+from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import UsageError
-from narrowcast.policy import POLICIES, Policy
+from narrowcast.plan import Plan
+from narrowcast.policy import POLICIES
 from narrowcast.precision.cast import numeric_settings
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
@@ -28,7 +30,15 @@ from narrowcast.training.determinism import thread_count
 from narrowcast.training.perturbation import perturb
 from narrowcast.training.randomness import isolated, seed_everything
 
-__all__ = ["Assembly", "TrainOptions", "assemble", "data_digest", "identity_of", "steps_of"]
+__all__ = [
+    "Assembly",
+    "TrainOptions",
+    "assemble",
+    "batch_digest",
+    "data_digest",
+    "identity_of",
+    "steps_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +91,7 @@ def steps_of(recipe: Recipe, options: TrainOptions) -> int:
 
 
 def assemble(
-    recipe: Recipe, policy: Policy, options: TrainOptions, device: torch.device
+    recipe: Recipe, plan: Plan, options: TrainOptions, device: torch.device
 ) -> Assembly:
     """Build every part, and leave the random states seeded for training.
 
@@ -102,11 +112,11 @@ def assemble(
             perturbation = perturb(model, recipe.compute_loss, on_cpu, seed=options.seed)
     fingerprint = checkpoint.fingerprint(model.state_dict())
     model.to(device)
-    optimizer = recipe.build_optimizer(model)
+    optimizer = planned_optimizer(recipe.build_optimizer(model), model, plan)
     engine = Engine(
         model,
         optimizer,
-        policy,
+        plan,
         scheduler=recipe.build_scheduler(optimizer, steps_of(recipe, options)),
         accumulate=options.accumulate,
         clip_norm=options.clip_norm,
@@ -143,6 +153,11 @@ def data_digest(recipe: Recipe, seed: int) -> str:
     )
 
 
+def batch_digest(batch: Any) -> str:
+    """SHA-256 (hex) of a batch by its tensors."""
+    return checkpoint.fingerprint(dict(_tensors("batch", batch)))
+
+
 def _tensors(name: str, nest: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a batch with its place in it; dense copies, which share nothing."""
     if isinstance(nest, Tensor):
@@ -156,7 +171,7 @@ def _tensors(name: str, nest: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def identity_of(
-    recipe: Recipe, policy: Policy, options: TrainOptions, device: torch.device
+    recipe: Recipe, plan: Plan, options: TrainOptions, device: torch.device
 ) -> dict[str, Any]:
     """Return what must not differ if a run is to go on exactly, by the names that users know.
 
@@ -171,8 +186,9 @@ def identity_of(
         "data": data,
         "options": option_values(recipe),
         "steps": steps_of(recipe, options),
-        "policy": to_json(policy),
+        "plan": to_json(plan),
         "device": device.type,
         **{name: value for name, value in asdict(options).items() if name not in free},
         "versions": {"narrowcast": __version__, "torch": torch.__version__},
     }
+

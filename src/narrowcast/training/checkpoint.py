@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from narrowcast.training.state_tree import leaves, pack, unpack
 
 __all__ = [
     "FORMAT",
+    "buffers_in",
     "checkpoints_in",
     "fingerprint",
+    "is_checkpoint",
     "load",
     "load_latest",
     "load_weights",
@@ -41,6 +43,7 @@ __all__ = [
 
 FORMAT = 1
 _VERSION_KEY = "narrowcast_checkpoint"
+_BUFFERS_KEY = "narrowcast_buffers"
 _NAME = "step-{:08d}.safetensors"
 _IS_CHECKPOINT = re.compile(r"step-(\d{8,})\.safetensors")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -125,29 +128,46 @@ def load(path: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, 
     return state
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+def save_weights(
+    path: Path, weights: Mapping[str, Any], *, buffers: Collection[str] = ()
+) -> None:
     """Export a model's ``state_dict()`` as stored, for any reader of safetensors.
 
     Tied weights are written once; ``metadata[other name] = name`` tells their other names, the
-    convention of ``safetensors.torch.save_model``. Raises RunDirectoryError if the disk is full.
+    convention of ``safetensors.torch.save_model``. What is no tensor (``get_extra_state()``) is
+    left out. `buffers` names those that are. Raises RunDirectoryError if the disk is full.
     """
     data, tensors = pack({name: w for name, w in weights.items() if isinstance(w, Tensor)})
     stored = {name: reference["tensor"] for name, reference in data["dict"]}
     aliases = {name: kept for name, kept in stored.items() if name != kept}
-    _write(path, tensors, {**aliases, "format": "pt"})
+    _write(path, tensors, {**aliases, "format": "pt", _BUFFERS_KEY: json.dumps(list(buffers))})
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read exported weights, or those of a checkpoint; tied ones under each of their names.
+    """Read exported weights, tied ones under each of their names.
 
     Raises CheckpointError if the file is missing, damaged, or of another kind.
     """
     metadata, tensors = _read(path)
-    if _VERSION_KEY in metadata:
-        weights: dict[str, Tensor] = load(path)["model"]
-        return weights
     aliases = {name: tensors[kept] for name, kept in metadata.items() if kept in tensors}
     return {**tensors, **aliases}
+
+
+def buffers_in(path: Path) -> list[str]:
+    """List the names that `save_weights` told to be buffers; none for a file of others.
+
+    Raises CheckpointError if it is missing, damaged, or of another kind.
+    """
+    named: list[str] = json.loads(_read(path, contents=False)[0].get(_BUFFERS_KEY, "[]"))
+    return named
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of ours, and no export of weights.
+
+    Raises CheckpointError if it is missing, damaged, or of another kind.
+    """
+    return _VERSION_KEY in _read(path, contents=False)[0]
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -178,13 +198,15 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
             raise OSError(number, os.strerror(number)) from error
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: Path, *, contents: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read metadata and, unless only those are wanted, tensors."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist", hint="give the path of a safetensors file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             # Cloned: a tensor mapped to the file would change, or fault, with the file.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys()) if contents else []
+            tensors = {name: file.get_tensor(name).clone() for name in names}
             return dict(file.metadata() or {}), tensors
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise _DamagedError(f"{path} cannot be read: {error}", hint=_what_it_is(path)) from None

@@ -69,5 +69,6 @@ def _no_deterministic_kernel(error: RuntimeError | RecipeError) -> RecipeError:
     said = error.message if isinstance(error, RecipeError) else str(error).partition(". ")[0]
     return RecipeError(
         f"the recipe cannot be trained reproducibly: {said}",
-        hint="replace that operation, or give up exact resume with --no-deterministic",
+        hint="replace that operation, or allow it with --no-deterministic, which gives up exact "
+        "resume",
     )

@@ -7,8 +7,10 @@ its own and never changes what the training does next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +19,31 @@ from torch import Tensor, nn
 
 from narrowcast.data import evaluation_batches, to_device
 from narrowcast.engine.engine import Engine
+from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import CheckpointError, RecipeError
-from narrowcast.policy import Policy
+from narrowcast.plan import OWN, Plan
 from narrowcast.precision.device import environment
 from narrowcast.recipes.load import Recipe, option_values
+from narrowcast.records.codec import from_json
 from narrowcast.records.evaluation import EvaluationRecord
 from narrowcast.records.run import Evaluation
-from narrowcast.training.checkpoint import fingerprint, load_weights
-from narrowcast.training.determinism import deterministic
+from narrowcast.training.assembly import batch_digest
+from narrowcast.training.checkpoint import (
+    buffers_in,
+    fingerprint,
+    is_checkpoint,
+    load,
+    load_weights,
+)
+from narrowcast.training.determinism import deterministic as only_deterministic
+from narrowcast.training.model_state import adopt_buffers, load_model_state
 from narrowcast.training.randomness import isolated, seed_everything
 
-__all__ = ["evaluate_model", "evaluate_weights"]
+__all__ = ["evaluate_model", "evaluate_weights", "restored_text"]
+
+
+# What torch calls the value of get_extra_state() in a state dict.
+_EXTRA_STATE = torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,50 +78,62 @@ def evaluate_model(
 ) -> tuple[Evaluation, ...]:
     """Evaluate in fp32 and, where that is something else, in the policy's precision.
 
-    Metric "loss" always exists: the recipe's loss, averaged over samples. Returns nothing if asked
-    to stop on the way. Raises DataError for an empty dataset.
+    Metric "loss" always exists: the recipe's loss, averaged over samples. The samples are hashed on
+    the way (see ``Evaluation.data_hash``). Returns nothing if asked to stop on the way. Raises
+    DataError for an empty dataset.
     """
     precisions: tuple[Literal["fp32", "training"], ...] = ("fp32", "training")
     if engine.policy.compute == "fp32":
         precisions = ("fp32",)
-    found = []
+    found: list[Evaluation] = []
+    samples = hashlib.sha256()
     for precision in precisions:
         sums = _Sums()
         with isolated(seed, "evaluation"), engine.evaluating(precision) as label:
             for ids, batch in evaluation_batches(dataset, recipe.batch_size, recipe.collate):
                 if should_stop():
                     return ()
+                if not found:  # the second pass sees the same ones
+                    samples.update(batch_digest(batch).encode())
                 on_device = to_device(batch, engine.device)
                 sums = sums.plus(_measure(recipe, engine.model, on_device, len(ids)), len(ids))
         found.append(
-            Evaluation(step=step, precision=label, metrics=sums.means(), examples=sums.examples)
+            Evaluation(
+                step=step,
+                precision=label,
+                metrics=sums.means(),
+                examples=sums.examples,
+                data_hash=samples.hexdigest(),
+            )
         )
     return tuple(found)
 
 
 def evaluate_weights(
     recipe: Recipe,
-    policy: Policy,
+    plan: Plan,
     weights: Path,
     *,
     device: torch.device,
     seed: int = 0,
     step: int = 0,
+    deterministic: bool = True,
 ) -> EvaluationRecord:
     """Evaluate exported weights, or those of a checkpoint, as a run of this seed does.
 
     `step` is what the evaluations are labelled with: the steps that the weights were trained for.
+    A checkpoint's weights are the masters in its optimizer's stores, where there are some.
+    `deterministic` allows only kernels that repeat their bits.
     Raises CheckpointError if the file is damaged, a pickle, or of another model.
     """
-    loaded = load_weights(weights)
-    with isolated(seed, "model"), deterministic():
-        model = recipe.build_model()
-        engine = Engine(model, recipe.build_optimizer(model), policy, device=device)
+    with isolated(seed, "model"), only_deterministic() if deterministic else nullcontext():
+        loaded, buffers = _in_full(recipe, weights)
+        engine = _engine(recipe, plan, device)
         try:
-            model.load_state_dict(loaded)
-        except RuntimeError as error:
+            warnings = _load(engine, loaded, buffers)
+        except CheckpointError as error:
             raise CheckpointError(
-                f"{weights} does not fit {recipe.name} with these options: {error}",
+                f"{weights} does not fit {recipe.name} with these options: {error.message}",
                 hint="give the recipe and the --set options that the weights were trained with",
             ) from None
         seed_everything(seed, "data")
@@ -114,12 +142,70 @@ def evaluate_weights(
     return EvaluationRecord(
         recipe=recipe.name,
         options=option_values(recipe),
-        precision=policy.name,
+        precision=plan.name,
         weights=str(weights),
         weights_hash=fingerprint(loaded),
         evaluations=evaluations,
+        warnings=(*engine.notes, *warnings, *restored_text(engine)),
         environment=environment(device),
     )
+
+
+def restored_text(engine: Engine) -> tuple[str, ...]:
+    """Say which of the model's own writes its evaluations in fp32 have undone."""
+    if not engine.restored:
+        return ()
+    return (
+        f"the model's forward pass writes {', '.join(engine.restored)} in evaluation mode: "
+        "evaluated in fp32 it writes into temporary tensors, and the stored values stay",
+    )
+
+
+def _engine(recipe: Recipe, plan: Plan, device: torch.device) -> Engine:
+    model = recipe.build_model()
+    optimizer = planned_optimizer(recipe.build_optimizer(model), model, plan)
+    return Engine(model, optimizer, plan, device=device)
+
+
+def _in_full(recipe: Recipe, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read weights, and which of them are buffers.
+
+    Those of a checkpoint whose optimizer kept their masters come with the masters.
+    """
+    if not is_checkpoint(path):
+        return dict(load_weights(path)), buffers_in(path)
+    state = load(path)
+    plan = from_json(Plan, state["record"]["plan"])
+    weights: dict[str, Any] = state["model"]
+    if plan.weights == OWN:
+        return weights, state["persistent"]
+    engine = _engine(recipe, plan, torch.device("cpu"))
+    load_model_state(engine.model, state, engine.device)
+    engine.load_optimizer(state["engine"])
+    return engine.weights(), state["persistent"]
+
+
+def _load(engine: Engine, weights: Mapping[str, Any], buffers: Sequence[str]) -> tuple[str, ...]:
+    """Load stored weights, and say what of the model's state they do not settle."""
+    adopted = adopt_buffers(engine.model, weights, buffers, engine.device)
+    state = engine.model.state_dict()
+    kept = {
+        name: value
+        for name, value in state.items()
+        if name.rpartition(".")[2] == _EXTRA_STATE and name not in weights
+    }
+    engine.load_weights({**weights, **kept})
+    return tuple(_load_notes(adopted, kept))
+
+
+def _load_notes(adopted: Sequence[str], kept: Mapping[str, Any]) -> Iterator[str]:
+    if adopted:
+        yield f"buffers that the forward pass made or resized came from the file: {', '.join(adopted)}"
+    if kept:
+        yield (
+            f"{', '.join(kept)} is as built: exported weights hold tensors alone, and what "
+            "get_extra_state() returned is in the checkpoints only"
+        )
 
 
 def _measure(recipe: Recipe, model: nn.Module, batch: Any, examples: int) -> dict[str, float]:

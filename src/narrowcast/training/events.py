@@ -8,7 +8,16 @@ from pathlib import Path
 
 from narrowcast.records.run import Evaluation, RunRecord, StepPoint
 
-__all__ = ["Ended", "Event", "Notice", "Observer", "Saved", "Started", "ignore"]
+__all__ = [
+    "Ended",
+    "Event",
+    "Hearing",
+    "Notice",
+    "Observer",
+    "Saved",
+    "Started",
+    "ignore",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +49,25 @@ class Ended:
     """The run is over, or interrupted; a run that failed raises after this."""
 
     record: RunRecord
+    stop_asked: bool = False
+    """Whether Ctrl-C came, be it too late for this run: whoever has more to run should stop."""
 
 
 Event = Started | Notice | StepPoint | Evaluation | Saved | Ended
 Observer = Callable[[Event], None]
+
+
+class Hearing:
+    """An observer that passes everything on, and remembers whether somebody asked to stop."""
+
+    def __init__(self, observe: Observer) -> None:
+        self._observe = observe
+        self.stop_asked = False
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Ended):
+            self.stop_asked |= event.stop_asked
+        self._observe(event)
 
 
 def ignore(event: Event) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from narrowcast.data import to_device
+from narrowcast.data import split_batch, to_device
 from narrowcast.engine.engine import StepReport
 from narrowcast.errors import NarrowcastError, PrecisionError, RunDirectoryError
 from narrowcast.precision.device import environment, warnings_before_run
@@ -35,6 +35,7 @@ from narrowcast.training.early_steps import EarlySteps, PeakMemory
 from narrowcast.training.evaluation import evaluate_model
 from narrowcast.training.events import Ended, Notice, Observer, Saved, Started
 from narrowcast.training.interruption import Interruption
+from narrowcast.training.model_state import load_model_state, model_state
 from narrowcast.training.progress import Progress
 from narrowcast.training.randomness import isolated, random_state, restore_random_state
 from narrowcast.training.run_directory import MetricsLog, RunDirectory
@@ -82,7 +83,10 @@ class Run:
             memory=options.measure,
         )
         self.progress = Progress()
+        self.interruption = Interruption()
         self.step = 0
+        self._waiting: list[Any] = []
+        """Parts of a batch that the step under way has still to take, the next one last."""
         self.saved: tuple[int, int] | None = None
         """Step and number of evaluations of the newest checkpoint."""
         self.record: RunRecord
@@ -94,12 +98,12 @@ class Run:
         self.record = record
         self.peak = PeakMemory(self.engine.device, None)
         self.metrics = MetricsLog(self.place.metrics_path)
-        for text in (*warnings, *self._cautions()):
+        for text in (*warnings, *self.engine.levers.notes, *self._cautions()):
             self.notice(text)
 
     def go_on(self, state: dict[str, Any]) -> None:
         """Start where a checkpoint was written."""
-        self._load_model(state)
+        load_model_state(self.engine.model, state, self.engine.device)
         self.engine.load_state_dict(state["engine"])
         self.parts.stream.load_state_dict(state["stream"])
         self.step = state["step"]
@@ -122,13 +126,12 @@ class Run:
 
     def to_the_end(self, stop_at: int | None) -> RunRecord:
         """Take the remaining steps, keeping the record true however it ends."""
-        interruption = Interruption()
 
         def should_stop() -> bool:
-            return interruption.requested or self.step == stop_at
+            return self.interruption.requested or self.step == stop_at
 
         try:
-            with interruption.listening():
+            with self.interruption.listening():
                 self._loop(should_stop)
                 finished = self.step == self.steps and not self._evaluation_is_due()
                 if finished:
@@ -143,6 +146,8 @@ class Run:
             self.record = replace(self.record, failure_kind=type(error).__name__)
             self._conclude_as_well_as_possible("failed", reason)
             raise
+        # Told when Ctrl-C has its usual meaning again: none that comes while we end gets lost.
+        self._tell_end()
         return self.record
 
     def notice(self, text: str) -> None:
@@ -200,6 +205,9 @@ class Run:
         seconds = time.perf_counter() - began
         self.step = step
         self._add_measurements(step)
+        if step == 1:
+            for text in self.engine.levers.without_effect():
+                self.notice(text)
         point = StepPoint(
             step=step,
             loss=outcome.loss,
@@ -218,8 +226,7 @@ class Run:
         """Forward and backward for each micro-batch, and the step that the last one closes."""
         losses = []
         while True:
-            # The ids are let go at once: the ledger would count them among the temporaries.
-            batch = to_device(next(self.parts.stream)[1], self.engine.device)
+            batch = self._next_micro_batch()
             self.early.inputs(batch)
             with self.early.dtypes(step):
                 with self.engine.forward():
@@ -232,6 +239,16 @@ class Run:
             if report.complete:
                 mean = sum(value.item() for value in losses) / len(losses)
                 return _Outcome(mean, report)
+
+    def _next_micro_batch(self) -> Any:
+        """Return the next part of a batch on the device; the ids are let go at once.
+
+        The ledger would count them among the temporaries.
+        """
+        if not self._waiting:
+            batch = next(self.parts.stream)[1]
+            self._waiting = split_batch(batch, self.engine.plan.micro_batches)[::-1]
+        return to_device(self._waiting.pop(), self.engine.device)
 
     def _add_measurements(self, step: int) -> None:
         if not self.early.measures(step):
@@ -265,12 +282,9 @@ class Run:
         self.place.write_record(self.record)
 
     def _state(self) -> dict[str, Any]:
-        model = self.engine.model
-        weights = model.state_dict()
         return {
             "step": self.step,
-            "model": weights,
-            "buffers": {n: b for n, b in model.named_buffers() if n not in weights},
+            **model_state(self.engine.model),
             "engine": self.engine.state_dict(),
             "stream": self.parts.stream.state_dict(),
             "random": random_state(),
@@ -278,13 +292,6 @@ class Run:
             "threads": torch.get_num_threads(),
             "record": to_json(self.record),
         }
-
-    def _load_model(self, state: dict[str, Any]) -> None:
-        model = self.engine.model
-        model.load_state_dict(state["model"])
-        unsaved = dict(model.named_buffers())
-        for name, value in state["buffers"].items():
-            unsaved[name].data.copy_(value)
 
     def _bring_record_up_to_date(self) -> None:
         skips = self.engine.skips
@@ -308,7 +315,7 @@ class Run:
                 f"at loss scale {last.loss_scale:g}",
                 hint="train for more steps, so that the loss scale can come down, or in bf16",
             )
-        checkpoint.save_weights(self.place.weights_path, self.engine.model.state_dict())
+        checkpoint.save_weights(self.place.weights_path, self.engine.weights())
 
     def _warn_of_nonfinite_metrics(self) -> None:
         """Say which final metrics are no numbers: the steps were taken, and came to nothing."""
@@ -327,9 +334,12 @@ class Run:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self.place.write_record(self.record)
-        self.observe(Ended(record=self.record))
 
     def _conclude_as_well_as_possible(self, status: Status, failure: str) -> None:
         """Record how the run ended; a disk that is full stays the first error's business."""
         with contextlib.suppress(RunDirectoryError):
             self._conclude(status, failure)
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        self.observe(Ended(record=self.record, stop_asked=self.interruption.requested))

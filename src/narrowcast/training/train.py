@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from narrowcast.errors import CheckpointError, RunDirectoryError
-from narrowcast.policy import Policy
+from narrowcast.plan import Plan
 from narrowcast.precision.device import environment, require
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import RecordError, to_json
@@ -32,7 +32,7 @@ __all__ = ["TrainOptions", "train"]
 
 def train(
     recipe: Recipe,
-    policy: Policy,
+    plan: Plan,
     options: TrainOptions,
     directory: Path | str,
     *,
@@ -53,11 +53,11 @@ def train(
     if the numbers broke, RecipeError or DataError for the recipe's mistakes, RunDirectoryError if
     the directory holds another run or cannot be written, CheckpointError if it cannot be continued.
     """
-    require(policy, device)
+    require(plan.policy, device)
     place = RunDirectory(Path(directory))
     with ExitStack() as stack:
         warnings = stack.enter_context(place.lock())
-        identity = identity_of(recipe, policy, options, device)
+        identity = identity_of(recipe, plan, options, device)
         saved = _saved_state(place, identity) if resume else None
         if not resume:
             place.refuse_another_run()
@@ -69,7 +69,7 @@ def train(
         stack.enter_context(thread_count(saved["threads"] if saved else torch.get_num_threads()))
         if options.deterministic:
             stack.enter_context(deterministic())
-        parts = assemble(recipe, policy, options, device)
+        parts = assemble(recipe, plan, options, device)
         run = Run(parts, options, place, identity, observe)
         stack.callback(run.close)
         if saved is None:
@@ -121,7 +121,7 @@ def _require_unbegun(place: RunDirectory, identity: dict[str, Any]) -> None:
         "recipe source": identity["recipe source"],
         "options": identity["options"],
         "steps": identity["steps"],
-        "policy": identity["policy"],
+        "plan": identity["plan"],
         "seed": identity["seed"],
         "accumulate": identity["accumulate"],
         "clip_norm": identity["clip_norm"],
@@ -132,7 +132,7 @@ def _require_unbegun(place: RunDirectory, identity: dict[str, Any]) -> None:
         record.recipe_digest,
         record.options,
         record.planned_steps,
-        record.policy,
+        record.plan,
         record.seed,
         record.accumulate,
         record.clip_norm,
@@ -153,13 +153,14 @@ def _new_record(parts: Assembly, options: TrainOptions, command: str) -> RunReco
         recipe_path=str(recipe.path),
         recipe_digest=recipe.source_hash,
         options=option_values(recipe),
-        precision=engine.policy.name,
-        policy=to_json(engine.policy),
+        precision=engine.plan.name,
+        plan=to_json(engine.plan),
         seed=options.seed,
         planned_steps=steps_of(recipe, options),
         batch_size=parts.stream.batch_size,
         accumulate=options.accumulate,
         clip_norm=options.clip_norm,
+        deterministic=options.deterministic,
         perturbation=parts.perturbation,
         initial_weights_hash=parts.initial_weights_hash,
         environment=environment(engine.device),

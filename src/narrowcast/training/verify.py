@@ -27,7 +27,7 @@ from torch import Tensor
 
 from narrowcast import errors
 from narrowcast.errors import NarrowcastError, RecipeError
-from narrowcast.policy import Policy
+from narrowcast.plan import Plan
 from narrowcast.precision.device import environment
 from narrowcast.recipes.load import load_recipe, option_values
 from narrowcast.records.codec import from_json, to_json
@@ -35,7 +35,7 @@ from narrowcast.records.run import StepPoint
 from narrowcast.records.verify import Difference, Verdict, VerifyRecord
 from narrowcast.training import checkpoint
 from narrowcast.training.assembly import TrainOptions, steps_of
-from narrowcast.training.events import Observer, ignore
+from narrowcast.training.events import Hearing, Observer, ignore
 from narrowcast.training.run_directory import RunDirectory
 from narrowcast.training.state_tree import leaves
 from narrowcast.training.train import train
@@ -51,7 +51,7 @@ _STORY = ("record", "metrics_bytes")
 def verify_resume(
     recipe: str,
     overrides: Sequence[str],
-    policy: Policy,
+    plan: Plan,
     options: TrainOptions,
     directory: Path,
     *,
@@ -70,7 +70,7 @@ def verify_resume(
     case = _Case(
         recipe=recipe,
         overrides=tuple(overrides),
-        policy=policy,
+        plan=plan,
         options=replace(options, steps=steps, measure=False),
         device=device,
     )
@@ -85,7 +85,7 @@ def verify_resume(
     return VerifyRecord(
         recipe=loaded.name,
         options=option_values(loaded),
-        precision=policy.name,
+        precision=plan.name,
         seed=options.seed,
         steps=steps,
         interrupted_at=half,
@@ -159,11 +159,14 @@ def _how_they_differ(a: Any, b: Any) -> str:
         return "" if repr(a) == repr(b) else f"{a!r:.60} and {b!r:.60}"
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
+    if a.numel() == 0:  # has no bytes that could be viewed
+        return ""
     left, right = (t.reshape(-1).view(torch.uint8).view(t.numel(), -1) for t in (a, b))
-    places = (left != right).any(dim=1) if a.numel() else torch.zeros(0, dtype=torch.bool)
+    places = (left != right).any(dim=1)
     if not places.any():
         return ""
-    gap = (a.reshape(-1)[places].double() - b.reshape(-1)[places].double()).abs().max()
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    gap = (a.reshape(-1)[places].to(wide) - b.reshape(-1)[places].to(wide)).abs().max()
     return f"{int(places.sum())} of {a.numel()} elements, by {float(gap):.3g} at most"
 
 
@@ -179,21 +182,22 @@ class _Case:
 
     recipe: str
     overrides: tuple[str, ...]
-    policy: Policy
+    plan: Plan
     options: TrainOptions
     device: torch.device
 
     def run(self, directory: Path, observe: Observer, *, stop_at: int | None = None) -> _Ending:
-        record = train(
+        hearing = Hearing(observe)
+        train(
             load_recipe(self.recipe, self.overrides),
-            self.policy,
+            self.plan,
             self.options,
             directory,
             device=self.device,
-            observe=observe,
+            observe=hearing,
             stop_at=stop_at,
         )
-        if record.status == "interrupted" and record.completed_steps != stop_at:
+        if hearing.stop_asked:
             raise KeyboardInterrupt
         return _Ending.of(directory)
 
@@ -203,7 +207,7 @@ class _Case:
             "path": sys.path,
             "recipe": self.recipe,
             "overrides": self.overrides,
-            "policy": to_json(self.policy),
+            "plan": to_json(self.plan),
             "options": to_json(self.options),
             "directory": str(directory),
             "device": str(self.device),
@@ -237,7 +241,7 @@ def resume_from_request(request: dict[str, Any]) -> None:
     try:
         train(
             load_recipe(request["recipe"], request["overrides"]),
-            from_json(Policy, request["policy"]),
+            from_json(Plan, request["plan"]),
             from_json(TrainOptions, request["options"]),
             request["directory"],
             device=torch.device(request["device"]),

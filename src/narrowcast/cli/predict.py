@@ -1,0 +1,79 @@
+"""`narrowcast predict`: the ledger of a training step on a device that need not be there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.console import Console
+
+from narrowcast.cli.common import (
+    AutocastRulesOption,
+    JsonOption,
+    PrecisionOption,
+    RecipeArgument,
+    SetOption,
+    console,
+    emit_json,
+)
+from narrowcast.cli.precision import KeepOption
+
+if TYPE_CHECKING:
+    from narrowcast.plan import Plan
+    from narrowcast.policy import AutocastRules
+
+__all__ = ["register"]
+
+BatchOption = Annotated[
+    int | None,
+    typer.Option("--batch", metavar="N", help="Samples a step; by default what the recipe says."),
+]
+TargetOption = Annotated[
+    str,
+    typer.Option("--device", help="cpu, or a GPU by name, such as h200, a100-80gb or rtx4090."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the application."""
+    app.command("predict")(predict)
+
+
+def predict(
+    recipe: RecipeArgument,
+    precision: PrecisionOption = "auto",
+    batch: BatchOption = None,
+    overrides: SetOption = None,
+    keep_fp32: KeepOption = None,
+    device: TargetOption = "cpu",
+    autocast_rules: AutocastRulesOption = "native",
+    json: JsonOption = None,
+) -> None:
+    """Predict the peak of one training step: nothing is run, and no GPU is needed.
+
+    Two steps are traced on tensors that have sizes and no contents. The lines are those of
+    `narrowcast memory`; for a GPU also what its allocator requests, allocates and reserves.
+    """
+    from narrowcast.prediction.predict import predict_memory
+    from narrowcast.report.terminal import render_terminal
+
+    plan = _plan(precision, device, rules=autocast_rules, keep_fp32=keep_fp32 or [])
+    with console().status("tracing a training step"):
+        record = predict_memory(
+            recipe, plan, device=device, batch_size=batch, options=overrides or ()
+        )
+    emit_json(record, json)
+    if json != "-":
+        render_terminal(record, Console())
+
+
+def _plan(name: str, device: str, *, rules: str, keep_fp32: list[str]) -> Plan:
+    """Resolve a precision's name for a device that need not be there; says which was chosen."""
+    from narrowcast.prediction.targets import target_named
+
+    plan, why = target_named(device).plan(name)
+    if name == "auto":
+        console().print(f"precision {plan.name}: {why}", markup=False, highlight=False)
+    policy = replace(plan.policy, autocast_rules=cast("AutocastRules", rules))
+    return plan.with_policy(policy.keeping_fp32(*keep_fp32))

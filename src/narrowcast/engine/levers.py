@@ -1,0 +1,102 @@
+"""What a plan changes in a model beside its precision: activation levers and chunked logits.
+
+A named plan asks for "the repeated blocks" and "the head" of whatever model it is given. Where a
+model has none, that part of the plan is left out and said so: the notes are printed and recorded.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from narrowcast.activations.blocks import repeated_blocks
+from narrowcast.activations.rules import apply_rules, remove_rules, unused_levers
+from narrowcast.errors import UsageError
+from narrowcast.loss.heads import ChunkedLogits, chunked_logits
+from narrowcast.plan import AUTO_BLOCKS, ActivationRule, Plan
+
+__all__ = ["Levers", "apply_levers", "remove_levers"]
+
+_CHUNKED: weakref.WeakKeyDictionary[nn.Module, ChunkedLogits] = weakref.WeakKeyDictionary()
+"""The handle of each model whose logits an engine defers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levers:
+    """What was put on a model, and what was decided on the way."""
+
+    model: nn.Module
+    rules: tuple[ActivationRule, ...] = ()
+    chunked: ChunkedLogits | None = None
+    notes: tuple[str, ...] = ()
+
+    def without_effect(self) -> tuple[str, ...]:
+        """Say which levers did nothing in the steps so far, and why that is; after a step."""
+        return tuple(self._without_effect())
+
+    def _without_effect(self) -> Iterator[str]:
+        if self.rules:
+            for name, levers in unused_levers(self.model).items():
+                yield f"{', '.join(levers)} on {name!r} did nothing: the module was not called"
+        handle = self.chunked
+        if handle is None:
+            return
+        if handle.materialised:
+            operations = ", ".join(sorted(set(handle.materialised)))
+            yield f"the logits of {handle.head!r} were computed whole, for {operations}"
+        elif not handle.chunked_calls:
+            yield f"chunked loss did nothing: no cross-entropy of the logits of {handle.head!r}"
+
+
+def apply_levers(model: nn.Module, plan: Plan) -> Levers:
+    """Put the plan's levers on the model, in place of those of an earlier plan.
+
+    Raises UsageError for rules that match nothing or exclude each other.
+    """
+    remove_levers(model)
+    rules, notes = _rules_for(model, plan)
+    applied = apply_rules(model, rules, plan.policy)
+    notes += [
+        f"{each.rule.lever}: {_listed(each.modules)}"
+        for each in applied.rules
+        if each.rule.modules == AUTO_BLOCKS
+    ]
+    chunked = None
+    if plan.loss != "whole":
+        try:
+            chunked = _CHUNKED[model] = chunked_logits(model)
+            notes.append(f"loss: in chunks, from the inputs of {chunked.head!r}")
+        except UsageError as error:
+            if plan.loss == "chunked":
+                raise
+            notes.append(f"loss: whole, since {error.message}")
+    return Levers(model=model, rules=rules, chunked=chunked, notes=tuple(notes))
+
+
+def remove_levers(model: nn.Module) -> None:
+    """Take off what an earlier engine put on."""
+    remove_rules(model)
+    handle = _CHUNKED.pop(model, None)
+    if handle is not None:
+        handle.remove()
+
+
+def _rules_for(model: nn.Module, plan: Plan) -> tuple[tuple[ActivationRule, ...], list[str]]:
+    """Return the rules that this model can have; the others become notes."""
+    if all(rule.modules != AUTO_BLOCKS for rule in plan.activations):
+        return plan.activations, []
+    try:
+        repeated_blocks(model)
+    except UsageError as error:
+        kept = tuple(rule for rule in plan.activations if rule.modules != AUTO_BLOCKS)
+        left_out = {rule.lever for rule in plan.activations} - {rule.lever for rule in kept}
+        return kept, [f"without {', '.join(sorted(left_out))}: {error.message}"]
+    return plan.activations, []
+
+
+def _listed(names: tuple[str, ...], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,135 @@
+"""Where the optimizer keeps weights and states otherwise than as fp32: who owns the masters.
+
+An engine reads full-precision weights from the optimizer's stores, where there are such, and saves
+and loads them through the stores. Whether optimizer, plan and model agree is settled here, before
+the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from narrowcast.errors import CheckpointError, UsageError
+from narrowcast.optim.convert import narrowed
+from narrowcast.optim.narrow import NarrowOptimizer
+from narrowcast.plan import OWN, Plan
+from narrowcast.precision.cast import kept_parameters
+
+__all__ = ["Masters", "planned_optimizer", "require_stores"]
+
+
+class Masters:
+    """The fp32 weights behind a model: a store's where it has them, else the weights themselves."""
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self._owners: dict[int, NarrowOptimizer] = {
+            id(parameter): optimizer
+            for optimizer in optimizers
+            if isinstance(optimizer, NarrowOptimizer)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def widen(self, tensor: Tensor) -> Tensor:
+        """Return the fp32 values of a parameter or buffer; a new tensor."""
+        owner = self._owners.get(id(tensor))
+        return tensor.data.to(torch.float32) if owner is None else owner.master(tensor)
+
+    def state_of(self, model: nn.Module) -> dict[str, Any]:
+        """Return the model's state dict with masters in the place of the weights they stand for."""
+        weights = model.state_dict()
+        shared: dict[int, Tensor] = {}  # a tied weight stays one tensor under both its names
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owner = self._owners.get(id(parameter))
+            if owner is not None and name in weights and parameter.element_size() < 4:
+                if id(parameter) not in shared:
+                    shared[id(parameter)] = owner.master(parameter)
+                weights[name] = shared[id(parameter)]
+        return weights
+
+    def load(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load a state dict into the model, and its weights in full into the stores.
+
+        Raises CheckpointError for names or shapes that are not the model's.
+        """
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"these weights do not fit the model: {error}",
+                hint="build the model with the options that it was trained with",
+            ) from None
+        for name, parameter in model.named_parameters():
+            owner = self._owners.get(id(parameter))
+            if owner is not None and parameter.element_size() < 4:
+                owner.set_master(parameter, state[name].to(parameter.device, torch.float32))
+
+
+def planned_optimizer(optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
+    """Return the same update rule with the plan's stores; `optimizer` itself if it has some, or is to stay.
+
+    Weights become what their store holds, in place; those of fp32 islands stay fp32. Raises
+    UsageError for a rule that has no stores.
+    """
+    if plan.weights == OWN or isinstance(optimizer, NarrowOptimizer):
+        return optimizer
+    islands = {id(parameter) for parameter in kept_parameters(model, plan.policy)}
+    return narrowed(
+        optimizer,
+        weights=plan.weights,
+        states=plan.states,
+        keep_fp32=lambda parameter: id(parameter) in islands,
+    )
+
+
+def require_stores(model: nn.Module, plan: Plan, optimizers: Mapping[str, Optimizer]) -> None:
+    """Raise UsageError unless the optimizers' stores are those of the plan, and fit its policy."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    islands = {id(parameter) for parameter in kept_parameters(model, plan.policy)}
+    for optimizer in optimizers.values():
+        if not isinstance(optimizer, NarrowOptimizer):
+            if plan.weights != OWN:
+                raise UsageError(
+                    f"precision {plan.name!r} keeps weights as {plan.weights} and states as "
+                    f"{plan.states}, and {type(optimizer).__name__} has no such stores",
+                    hint="narrowcast.AdamW(model.parameters(), lr=..., "
+                    f"weights={plan.weights!r}, states={plan.states!r}); SGD and Lion likewise",
+                )
+            continue
+        for parameter, weights, states in _stored(optimizer):
+            name = names.get(id(parameter), "a parameter of another module")
+            kept = id(parameter) in islands
+            _require_format(plan, name, weights, kept=kept)
+            asked = "fp32" if kept else plan.weights
+            if plan.weights != OWN and (weights, states) != (asked, plan.states):
+                raise UsageError(
+                    f"precision {plan.name!r} keeps {name} as {asked} with {plan.states} states, "
+                    f"and the optimizer keeps it as {weights} with {states}",
+                    hint="build the optimizer with the plan's stores: weights=plan.weights, "
+                    "states=plan.states; weights of fp32 islands in a group with weights='fp32'",
+                )
+
+
+def _stored(optimizer: NarrowOptimizer) -> Iterator[tuple[Tensor, str, str]]:
+    """Yield each parameter, the store that it is in, and the one that was asked for its states."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, held in zip(parameters, optimizer.describe(), strict=True):
+        yield parameter, held.weights, optimizer.param_groups[held.group]["states"]
+
+
+def _require_format(plan: Plan, name: str, weights: str, *, kept: bool) -> None:
+    wanted = "fp32" if kept else plan.policy.param
+    held = "fp32" if weights == "fp32" else "bf16"
+    if held != wanted:
+        where = "the fp32 island that holds it" if kept else f"policy {plan.policy.name!r}"
+        raise UsageError(
+            f"the optimizer stores {name} as {weights} ({held}), and {where} keeps it in {wanted}",
+            hint="put it into a parameter group with weights='fp32'"
+            if wanted == "fp32"
+            else "choose a precision with fp32 weights, or weights='split16'",
+        )

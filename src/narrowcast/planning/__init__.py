@@ -1,0 +1,1 @@
+"""Fitting a training into a budget: candidates, their peaks and speeds, and the choice."""

@@ -1,0 +1,136 @@
+"""What each choice of a plan does to the result: exact, or lossy and how much.
+
+Exact means that the step computes what fp32 training computes, but for the order of sums. The
+planner prefers exact choices where speed does not decide, and every plan it hands out says, in
+these words, what it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from narrowcast.plan import AUTO_BLOCKS, OWN, PLANS, ActivationRule, Plan
+from narrowcast.records.plan import AxisEffect
+
+__all__ = ["effects_of", "is_exact", "loss_of", "named", "short"]
+
+# The order in which lossy choices of one axis are preferred, and what is said of each.
+_COMPUTE = {
+    "fp32": (0, "computes in fp32"),
+    "tf32": (1, "rounds the factors of matrix products to 10 bits; sums stay fp32"),
+    "fp16": (2, "rounds products to fp16 under autocast; weights stay fp32, the loss is scaled"),
+    "bf16": (2, "rounds products to bf16 under autocast; weights stay fp32"),
+}
+_BF16_WEIGHTS = (3, "computes on bf16 weights, with bf16 activations and gradients")
+_WEIGHTS = {
+    "fp32": (0, "keeps fp32 weights"),
+    "split16": (0, "keeps the fp32 master of each weight exactly, as bf16 and 16 bits beside it"),
+    "split8": (1, "keeps 24 of the master's 32 bits"),
+    "stochastic": (2, "keeps no master: bf16 weights, rounded at random without bias"),
+}
+_STATES = {
+    "fp32": (0, "keeps the optimizer's moments in fp32"),
+    "bf16": (1, "rounds the optimizer's moments to bf16"),
+    "int8": (2, "keeps the optimizer's moments as 8-bit codes, block by block"),
+    "int4": (3, "keeps the optimizer's moments as 4-bit codes, block by block"),
+}
+_LEVERS = {
+    "checkpoint": (0, "computes blocks a second time in backward instead of keeping what is inside"),
+    "offload": (0, "keeps what backward needs in the host's memory"),
+    "int8": (2, "keeps what backward needs as 8-bit codes"),
+    "e4m3": (3, "keeps what backward needs in 8-bit floats"),
+    "narrow_norm": (1, "lets norms read and write 16 bits; their statistics stay fp32"),
+}
+
+
+def effects_of(plan: Plan, *, batch_norm: bool) -> tuple[AxisEffect, ...]:
+    """Say what a plan changes, axis by axis; `batch_norm`: the model's statistics see the batch."""
+    return tuple(effect for effect, _ in _effects(plan, batch_norm=batch_norm))
+
+
+def is_exact(plan: Plan, *, batch_norm: bool) -> bool:
+    """Whether every choice of a plan is exact."""
+    return loss_of(plan, batch_norm=batch_norm) == 0
+
+
+def loss_of(plan: Plan, *, batch_norm: bool) -> int:
+    """Return how lossy a plan is, for ranking alone: the sum over its choices, 0 if all are exact."""
+    return sum(loss for _, loss in _effects(plan, batch_norm=batch_norm))
+
+
+def _effects(plan: Plan, *, batch_norm: bool) -> Iterator[tuple[AxisEffect, int]]:
+    policy = plan.policy
+    narrow = policy.param == policy.compute != "fp32"
+    loss, says = _BF16_WEIGHTS if narrow else _COMPUTE[policy.compute]
+    if loss:
+        yield _effect("precision", f"{policy.compute} weights" if narrow else policy.name, loss, says)
+    if plan.weights not in (OWN, "fp32"):
+        yield _effect("weights", plan.weights, *_WEIGHTS[plan.weights])
+    elif narrow:
+        yield _effect("weights", policy.param, 3, "keeps no master: small updates are lost")
+    if plan.states not in (OWN, "fp32"):
+        yield _effect("states", plan.states, *_STATES[plan.states])
+    if plan.gradients == "release":
+        yield _effect("gradients", "release", 0, "uses each gradient up during backward")
+    for lever, modules in _rules(plan).items():
+        loss, says = _LEVERS[lever]
+        yield _effect("activations", f"{lever} on {modules}", loss, says)
+    if plan.loss != "whole":
+        yield _effect("loss", plan.loss, 0, "computes the logits in chunks that never coexist")
+    if plan.micro_batches > 1:
+        yield _micro_batches(plan.micro_batches, batch_norm=batch_norm)
+
+
+def _micro_batches(parts: int, *, batch_norm: bool) -> tuple[AxisEffect, int]:
+    says = "sums the gradients of parts of the batch"
+    if batch_norm:
+        says += ", but batch norm sees the statistics of a part and not of the whole batch"
+    return _effect("micro-batches", str(parts), 2 if batch_norm else 0, says)
+
+
+def _effect(axis: str, choice: str, loss: int, says: str) -> tuple[AxisEffect, int]:
+    return AxisEffect(axis=axis, choice=choice, exact=loss == 0, says=says), loss
+
+
+def _rules(plan: Plan) -> dict[str, str]:
+    """Map each lever to the modules that it is on, in words."""
+    found: dict[str, list[str]] = {}
+    for rule in plan.activations:
+        modules = "all blocks" if rule.modules == AUTO_BLOCKS else rule.modules
+        found.setdefault(rule.lever, []).append(modules)
+    return {lever: ", ".join(modules) for lever, modules in found.items()}
+
+
+def named(plan: Plan) -> Plan:
+    """Return the plan under the name of a known one that is equal to it, or one made of its choices.
+
+    The policy takes the plan's name, by which evaluations in the training precision are told.
+    """
+    for known in PLANS.values():
+        if replace(known, name=plan.name, policy=replace(known.policy, name=plan.policy.name)) == plan:
+            return known
+    name = short(plan)
+    return replace(plan, name=name, policy=replace(plan.policy, name=name))
+
+
+def short(plan: Plan) -> str:
+    """Write a plan's choices in one word: 'bf16w-split16-int8-checkpoint-chunked-x4'."""
+    policy = plan.policy
+    parts = [f"{policy.compute}w" if policy.param == policy.compute != "fp32" else policy.compute]
+    if plan.weights != OWN:
+        parts += [part for part in (plan.weights, plan.states) if part != "fp32"] or ["fp32"]
+    if plan.gradients == "release":
+        parts.append("release")
+    parts += [_short_rules(lever, plan.activations) for lever in _rules(plan)]
+    if plan.loss != "whole":
+        parts.append(plan.loss)
+    if plan.micro_batches > 1:
+        parts.append(f"x{plan.micro_batches}")
+    return "-".join(parts)
+
+
+def _short_rules(lever: str, rules: tuple[ActivationRule, ...]) -> str:
+    count = sum(rule.lever == lever for rule in rules)
+    is_all = any(rule.lever == lever and rule.modules == AUTO_BLOCKS for rule in rules)
+    return lever if is_all else f"{lever}{count}"

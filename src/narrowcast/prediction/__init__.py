@@ -1,0 +1,1 @@
+"""The peak of a training step without running it: traced, translated, replayed."""

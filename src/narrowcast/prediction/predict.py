@@ -1,0 +1,262 @@
+"""The peak of a training step before it is run: the ledger of `narrowcast memory` without memory.
+
+    record = predict_memory("austen", "bf16", options=["size=gpt2"], batch_size=8)
+
+The record has the categories, modules and timeline of a measured one, and says that it was
+predicted and what was assumed. On a CPU it is equal to the measured one to the byte, but for the
+exceptions in docs/predict.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from narrowcast.data import MapDataset, batch_len, to_device
+from narrowcast.engine.engine import Engine
+from narrowcast.errors import RecipeError, UsageError
+from narrowcast.plan import Plan
+from narrowcast.policy import Policy
+from narrowcast.prediction.advice import advise
+from narrowcast.prediction.targets import Target, target_named
+from narrowcast.prediction.trace import Stage, explaining, trace_steps
+from narrowcast.profiling import Bench, first_batch, notes_on
+from narrowcast.recipes.load import Recipe, load_recipe, option_values
+from narrowcast.records.memory import MemoryRecord
+from narrowcast.user_code import user_code
+
+__all__ = ["predict_memory", "predict_step_memory"]
+
+_CPU = torch.device("cpu")
+Builder = Callable[[Plan | Policy, Stage], Bench]
+
+
+def predict_memory(
+    recipe: Recipe | str | Path,
+    precision: Plan | Policy | str = "auto",
+    *,
+    device: str = "cpu",
+    batch_size: int | None = None,
+    options: Sequence[str] = (),
+    seed: int = 0,
+    break_even: bool = True,
+) -> MemoryRecord:
+    """Return the ledger that `narrowcast memory` would measure of a recipe's third step.
+
+    `options` are ``name=value`` for a recipe that is given by name or path. `device` is ``cpu`` or
+    a GPU by name (``prediction.gpus``), which need not be there. `break_even` compares with fp32.
+    Raises RecipeError for a recipe that reads values of its tensors, with the line that does;
+    UnknownName, UsageError and UnsupportedPrecision for what cannot be asked.
+    """
+    target = target_named(device)
+    plan, _ = target.plan(_as_plan(precision))
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, options)
+    elif options:
+        raise UsageError(
+            f"options {list(options)} for a recipe that is loaded already",
+            hint="load it with them, or pass its name or path",
+        )
+    recipe, size = _with_batch_size(recipe, batch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        data, batch = first_batch(recipe, size, seed)
+        notes = _notes_on_size(batch, size)
+
+        def build(plan: Plan | Policy, stage: Stage) -> Bench:
+            model, how = _model_of(recipe, stage)
+            notes.extend(note for note in how if note not in notes)
+            return _bench(recipe, plan, stage, model=model, data=data, batch=batch)
+
+        with explaining(recipe.name, recipe.path):
+            record = _predict(build, plan, target, break_even=break_even)
+    return replace(record, options=option_values(recipe), notes=(*notes, *record.notes))
+
+
+def predict_step_memory(
+    model: nn.Module | Callable[[], nn.Module],
+    optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+    loss: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+    precision: Plan | Policy | str = "fp32",
+    *,
+    device: str = "cpu",
+    name: str = "step",
+    break_even: bool = True,
+) -> MemoryRecord:
+    """Return the ledger of a training step of any model, loss function and example batch.
+
+    `loss` is called as ``loss(model, batch)``. A function that makes the model costs no memory for
+    its weights, and one that makes the optimizer of it must come with it; a model and an optimizer
+    that exist are copied without their contents and stay as they are. The optimizer's step is taken
+    in the engine's order, as ``narrowcast.Engine`` would.
+    """
+    target = target_named(device)
+    plan, _ = target.plan(_as_plan(precision))
+    if isinstance(optimizer, Optimizer) and not isinstance(model, nn.Module):
+        raise UsageError(
+            "the model is made by a function and the optimizer exists already: it holds the "
+            "parameters of another model",
+            hint="pass a function of the model that makes the optimizer",
+        )
+
+    def build(plan: Plan | Policy, stage: Stage) -> Bench:
+        parts = _parts_of(model, optimizer, stage)
+        return _plain_bench(*parts, loss=loss, batch=batch, plan=plan, stage=stage, name=name)
+
+    with torch.random.fork_rng(devices=[]), explaining(name):
+        return _predict(build, plan, target, break_even=break_even)
+
+
+def _as_plan(precision: Plan | Policy | str) -> Plan | str:
+    if isinstance(precision, Policy):
+        return Plan(name=precision.name, policy=precision)
+    return precision
+
+
+def _predict(build: Builder, plan: Plan, target: Target, *, break_even: bool) -> MemoryRecord:
+    """Trace the step on the target's stage and put the record together."""
+    stage = Stage(*target.kernels())
+    traced = target.traced(plan)
+    bench = build(traced, stage)
+    ledger = trace_steps(bench, stage, whole=target.whole)
+    record = replace(
+        ledger.record(recipe=bench.name, precision=plan.name, batch_size=bench.size),
+        device=target.name,
+        predicted=True,
+        assumptions=_assumptions(plan.policy),
+    )
+    record = replace(record, notes=(*notes_on(plan.policy, _CPU), *record.notes))
+    if break_even and plan.policy.compute in ("fp16", "bf16"):
+        record = advise(record, bench, ledger, stage=stage, build=build)
+    return target.finish(record, ledger)
+
+
+def _assumptions(policy: Policy) -> tuple[str, ...]:
+    traced = "two steps were traced on tensors that have sizes and no contents; nothing was run"
+    if policy.scaling == "dynamic":
+        return traced, "the loss scale has settled, so that every step is applied"
+    return (traced,)
+
+
+def _with_batch_size(recipe: Recipe, size: int | None) -> tuple[Recipe, int]:
+    """Return the recipe for another batch size, where it has such an option, and the size."""
+    if size is None:
+        return recipe, recipe.batch_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UsageError(f"the batch size is {size!r}", hint="a whole number, at least 1")
+    if "batch_size" in {f.name for f in fields(recipe.options)}:
+        with user_code(recipe.path, "Options"):
+            recipe = replace(recipe, options=replace(recipe.options, batch_size=size))
+    return recipe, size
+
+
+def _notes_on_size(batch: Any, asked: int) -> list[str]:
+    served = batch_len(batch)
+    if served == asked:
+        return []
+    return [
+        f"the batch holds {served} samples, as a training's would, though {asked} were asked for"
+    ]
+
+
+def _model_of(recipe: Recipe, stage: Stage) -> tuple[nn.Module, list[str]]:
+    """Build the model without contents, or where that cannot be, for real and then without."""
+    try:
+        with stage:
+            model = recipe.build_model()
+        built: list[str] = []
+    except RecipeError as error:
+        if error.__cause__ is None:
+            raise
+        model = recipe.build_model()
+        why = type(error.__cause__).__name__
+        built = [f"the model was built in real memory: model(options) needs values ({why})"]
+    tensors = [*model.parameters(), *model.buffers()]
+    if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+        model = stage.copy(model)
+    return model, built
+
+
+def _bench(
+    recipe: Recipe,
+    plan: Plan | Policy,
+    stage: Stage,
+    *,
+    model: nn.Module,
+    data: MapDataset,
+    batch: Any,
+) -> Bench:
+    with stage:
+        return Bench.of(
+            recipe,
+            plan,
+            _CPU,
+            data=data,
+            batch=stage.fake(batch),
+            model=model,
+            stepping=stage.stepping,
+        )
+
+
+def _parts_of(
+    model: nn.Module | Callable[[], nn.Module],
+    optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+    stage: Stage,
+) -> tuple[nn.Module, Optimizer]:
+    """Return a model and its optimizer without contents."""
+    if isinstance(optimizer, Optimizer):
+        copied: tuple[nn.Module, Optimizer] = stage.copy((model, optimizer))
+        return copied
+    with stage, user_code(None, "building the model and the optimizer"):
+        fake = stage.copy(model) if isinstance(model, nn.Module) else model()
+        return fake, optimizer(fake)
+
+
+def _plain_bench(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+    plan: Plan | Policy,
+    stage: Stage,
+    name: str,
+) -> Bench:
+    def computed(model: nn.Module, batch: Any) -> Tensor:
+        with user_code(None, "loss(model, batch)"):
+            return loss(model, batch)
+
+    with stage:
+        fake = to_device(stage.fake(batch), _CPU)
+        return Bench(
+            name=name,
+            plan=plan,
+            model=model,
+            optimizer=optimizer,
+            engine=Engine(model, optimizer, plan, device=_CPU),
+            loss=computed,
+            batch=fake,
+            batch_of=lambda size: _resized(fake, size),
+            stepping=stage.stepping,
+        )
+
+
+def _resized(batch: Any, size: int) -> Any:
+    """Return a fake batch of another size: every tensor whose first dimension is the batch."""
+    samples = batch_len(batch)
+
+    def resize(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != samples:
+            return tensor
+        return tensor.new_empty((size, *tensor.shape[1:]))
+
+    return tree_map_only(Tensor, resize, batch)

@@ -1,0 +1,267 @@
+"""Steps of a training on tensors that have a size and no contents.
+
+The same bench that `narrowcast memory` measures (``profiling.Bench``) takes the same steps under a
+stage, on which every tensor is fake: operations say what shape they return and compute nothing, so
+that a model of any size takes no memory and a step a few seconds. The ledger watches storages, and
+fake tensors have storages.
+
+Two things are not in a size and are answered here. Kernels allocate otherwise than shapes say: that
+is a device's to know (``cpu_kernels``, ``cuda_ops``). And once a step the engine reads a number,
+the norm of the gradients, as optimizers read their step counts; they get one half, so that every
+step is finite and applied. Anything else that asks for a value cannot be traced, and is refused
+with the line that asked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from narrowcast.errors import NarrowcastError, RecipeError
+from narrowcast.memory.measure import MemoryLedger
+from narrowcast.profiling import Bench
+from narrowcast.user_code import user_traceback
+
+__all__ = ["Stage", "WholeTrace", "explaining", "trace_from_start", "trace_steps"]
+
+_READ = torch.ops.aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
+_WITHOUT_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+
+class Stage:
+    """Context in which tensors are fake and kernels those of a device; re-entrant.
+
+    `kernels` are modes that change what operations return, below a ledger. What `above` makes is
+    entered with every ledger, above it: what it allocates while an operation runs is seen too.
+    """
+
+    def __init__(
+        self,
+        *kernels: AbstractContextManager[Any],
+        above: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._answers = _Answers()
+        self._kernels = kernels
+        self._above = above
+        self._entered: list[ExitStack] = []
+
+    @property
+    def stepping(self) -> AbstractContextManager[Any]:
+        """Return the context in which reading a value is answered; reusable."""
+        return self._answers.open
+
+    @contextmanager
+    def within(self) -> Iterator[Any]:
+        """Enter what belongs above a ledger."""
+        with _Unseen(), self._above() as kernels:  # type: ignore[no-untyped-call]
+            yield kernels
+
+    def fake(self, nest: Any) -> Any:
+        """Return a nest of tensors without their contents; fake ones stay as they are."""
+        return tree_map_only(
+            Tensor, lambda t: t if isinstance(t, FakeTensor) else self._mode.from_tensor(t), nest
+        )
+
+    def copy(self, parts: Any) -> Any:
+        """Copy models, optimizers and the like, with fake tensors in the place of real ones."""
+        with FakeCopyMode(self._mode):
+            return copy.deepcopy(parts)
+
+    def __enter__(self) -> Stage:
+        with ExitStack() as stack:
+            stack.enter_context(_modules_of_fakes())
+            for context in (self._mode, self._answers, *self._kernels):
+                stack.enter_context(context)
+            self._entered.append(stack.pop_all())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
+
+
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers a read of a fake tensor's value, while `open`.
+
+    One half is neither 0 nor 1, from which optimizers take the distance to divide by.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.open = _Open()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _READ and self.open.depth and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            return dtype is torch.bool or (0.5 if dtype.is_floating_point else 1)
+        return func(*args, **(kwargs or {}))
+
+
+class _Open:
+    """Context that counts how often it is entered."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+
+
+class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Above a ledger: answers a fake tensor's questions for its device, which are no operations."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device
+        return func(*args, **(kwargs or {}))
+
+
+def trace_steps(bench: Bench, stage: Stage, *, steps: int = 2) -> MemoryLedger:
+    """Take steps on a bench of fake tensors and return the ledger of the last one.
+
+    The second step equals the third that `narrowcast memory` measures: only the first, which makes
+    the optimizer's state, is different.
+    """
+    with stage:
+        with stage.within():
+            _take(bench, steps - 1)
+        ledger = MemoryLedger(bench.model, bench.optimizer, device=bench.device)
+        with ledger, stage.within():
+            ledger.inputs(bench.batch)
+            _take(bench, 1)
+    return ledger
+
+
+def trace_from_start(bench: Bench, stage: Stage, *, steps: int = 2) -> WholeTrace:
+    """Take steps under one ledger, so that its events begin with the model."""
+    with stage:
+        ledger = MemoryLedger(bench.model, bench.optimizer, device=bench.device)
+        with ledger, stage.within() as kernels:
+            entry = len(ledger.events())
+            ledger.inputs(bench.batch)
+            _take(bench, steps - 1)
+            last, moment = len(ledger.events()), len(ledger._watch.moments)
+            _take(bench, 1)
+    del ledger._watch.moments[:moment]
+    return WholeTrace(ledger=ledger, entry=entry, last_step=last, kernels=kernels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeTrace:
+    """A ledger of all steps, whose moments are the last step's."""
+
+    ledger: MemoryLedger
+    entry: int
+    """How many events there were before the batch: the model's, and the optimizer's if any."""
+    last_step: int
+    """How many there were before the last step."""
+    kernels: Any
+    """What the stage entered within the ledger."""
+
+
+def _take(bench: Bench, steps: int) -> None:
+    for _ in range(steps):
+        applied = bench.step()
+        assert applied, "no number that the engine reads from a fake tensor is infinite"
+
+
+@contextmanager
+def explaining(name: str, path: Path | None = None) -> Iterator[None]:
+    """Turn what cannot be traced into one error that names the operation and the user's line."""
+    try:
+        yield
+    except RecipeError as error:
+        cause = error.__cause__
+        if cause is None:  # what a part returned was wrong, with values or without
+            raise
+        raise _untraceable(name, path, cause) from cause
+    except NarrowcastError:
+        raise
+    except Exception as error:
+        raise _untraceable(name, path, error) from error
+
+
+def _untraceable(name: str, path: Path | None, error: BaseException) -> RecipeError:
+    if isinstance(error, _WITHOUT_VALUES):
+        what = f"{error.func} needs the values of tensors, and a prediction has only sizes"
+    else:
+        what = f"on tensors that have sizes and no values it raised {type(error).__name__}: {error}"
+    lines = user_traceback(error, path)
+    return RecipeError(
+        f"{name} cannot be traced: {what}" + (f"\n{lines}" if lines else ""),
+        hint="`narrowcast memory` measures a step with real tensors; or keep item(), float(), an "
+        "`if` on a tensor, nonzero() and boolean masks out of model and loss",
+    )
+
+
+@contextmanager
+def _modules_of_fakes() -> Iterator[None]:
+    """Let modules of fake parameters be moved, cast and deep-copied as real ones are.
+
+    ``Module._apply`` swaps fake tensors, which an optimizer's reference forbids: here it sets
+    ``data``. And what torch makes of a deep copy has two storages, its own and its views'.
+    """
+    original: Callable[..., nn.Module] = nn.Module._apply
+
+    def apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
+        own = [p for p in module._parameters.values() if p is not None]
+        if not all(isinstance(p, FakeTensor) for p in own):
+            return original(module, convert, recurse)
+        if recurse:
+            for child in module.children():
+                child._apply(convert)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for parameter in own:
+                _convert(parameter, convert)
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = buffer if buffer is None else convert(buffer)
+        return module
+
+    nn.Module._apply = apply  # type: ignore[method-assign]
+    FakeTensor.__deepcopy__ = _deep_copy  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
+        del FakeTensor.__deepcopy__
+
+
+def _convert(parameter: nn.Parameter, convert: Callable[[Tensor], Tensor]) -> None:
+    converted = convert(parameter)
+    if converted is not parameter:
+        parameter.data = converted
+    if parameter.grad is not None:
+        parameter.grad = convert(parameter.grad)
+
+
+def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    if id(tensor) not in memo:
+        copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+    found: Tensor = memo[id(tensor)]
+    return found
