@@ -56,7 +56,11 @@ class MnasNet(nn.Module):
 
     @staticmethod
     def _stem() -> Iterator[nn.Module]:
-        yield from (nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+        yield from (
+            nn.Conv2d(3, 32, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(inplace=True),
+        )
         yield from (nn.Conv2d(32, 32, 3, 1, 1, groups=32, bias=False), nn.BatchNorm2d(32))
         yield from (nn.ReLU(inplace=True), nn.Conv2d(32, 16, 1, bias=False), nn.BatchNorm2d(16))
 
@@ -135,12 +139,8 @@ class MobileNetV3Large(nn.Module):
         layers: list[nn.Module] = [_unit(3, 16, 3, stride=2, act=nn.Hardswish)]
         width = 16
         for kernel, inner, outputs, squeeze, hard, stride in self.UNITS:
-            layers.append(
-                InvertedResidual(
-                    width, kernel, inner, outputs, squeeze=bool(squeeze), hard=bool(hard),
-                    stride=stride,
-                )  # fmt: skip
-            )
+            flags = {"squeeze": bool(squeeze), "hard": bool(hard)}
+            layers.append(InvertedResidual(width, kernel, inner, outputs, stride=stride, **flags))
             width = outputs
         layers.append(_unit(160, 960, 1, act=nn.Hardswish))
         self.features = nn.Sequential(*layers)
@@ -200,7 +200,9 @@ class NextBlock(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    def __init__(self, widths: tuple[int, ...], depths: tuple[int, ...], drop: float, classes: int) -> None:
+    def __init__(
+        self, widths: tuple[int, ...], depths: tuple[int, ...], *, drop: float, classes: int
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = [
             nn.Sequential(nn.Conv2d(3, widths[0], 4, 4), ChannelNorm(widths[0], eps=1e-6))

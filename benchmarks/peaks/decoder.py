@@ -53,7 +53,8 @@ class RootMeanSquare(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         given = x.dtype
         x = x.to(torch.float32)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        x = x * scale
         return (self.weight * x).to(given)
 
 
@@ -66,8 +67,9 @@ class Rotary(nn.Module):
         pairs = x.unflatten(-1, (-1, 2))
         even, odd = pairs[..., 0], pairs[..., 1]
         cosine, sine = self.waves[:, places, :]
-        turned = (cosine * even - sine * odd, sine * even + cosine * odd)
-        return torch.stack(turned, dim=-1).flatten(-2)
+        even_turned = cosine * even - sine * odd
+        odd_turned = sine * even + cosine * odd
+        return torch.stack((even_turned, odd_turned), dim=-1).flatten(-2)
 
 
 def stable_softmax(x: Tensor) -> Tensor:
@@ -100,11 +102,17 @@ class SelfAttention(nn.Module):
         )
         length = x.shape[1]
         places = torch.arange(length)[None, None]
-        query, key = self.rotary(query, places), self.rotary(key, places)
+        query = self.rotary(query, places)  # what it was made of goes before the key is turned
+        key = self.rotary(key, places)
         order = torch.arange(length)
         mask = order[None, None, :, None] >= order[None, None, None, :]
         mixed = attend(query, key, value, mask)
-        return self.out(mixed.transpose(1, 2).flatten(2).contiguous())
+        mixed = mixed.transpose(1, 2).flatten(2).contiguous()
+        return self.out(mixed)
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
 
 
 class Gated(nn.Module):
@@ -115,8 +123,7 @@ class Gated(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate(x)
-        return self.down(gate * torch.sigmoid(gate) * self.up(x))
+        return self.down(swish(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -149,10 +156,15 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
+def log_share(x: Tensor) -> Tensor:
+    highest = torch.max(x, dim=-1, keepdim=True)[0]
+    x = x - highest
+    return x - torch.log(torch.sum(torch.exp(x), dim=-1, keepdim=True))
+
+
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    shifted = logits - torch.max(logits, dim=-1, keepdim=True)[0]
-    log_share = shifted - torch.log(torch.sum(torch.exp(shifted), dim=-1, keepdim=True))
-    return torch.mean(torch.gather(-log_share, -1, targets.unsqueeze(-1)))
+    costs = -log_share(logits)
+    return torch.mean(torch.gather(costs, -1, targets.unsqueeze(-1)))
 
 
 class LoopAdamW(torch.optim.Optimizer):

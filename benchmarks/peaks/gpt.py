@@ -1,4 +1,4 @@
-"""The GPT of "Build a Large Language Model From Scratch", in the steps of its training-speed chapter.
+"""The GPT of "Build a Large Language Model From Scratch", as its chapter on speed changes it.
 
 124 M parameters and an untied head; written out in small operations first, then with more and more
 of torch's own modules. What counts here is the order of the operations, which decides the peak.

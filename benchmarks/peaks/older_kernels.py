@@ -1,4 +1,4 @@
-"""Kernels of torch versions older than those that Narrowcast supports, for rows measured on them."""
+"""Kernels of torch versions older than the supported ones, for rows measured on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _aten = torch.ops.aten
 
 
 def _addmm(kernels: CudaKernels, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Free cublasLt's workspace after each product (CUDABlas.cpp up to 2.6: a tensor of its own)."""
+    """Free cublasLt's workspace after each product (up to 2.6 a tensor in gemm_and_bias)."""
     bias = args[0]
     if bias.dim() != 1:
         return RULES[func](kernels, func, args, kwargs)
@@ -49,7 +49,7 @@ def _flash1_backward(kernels: CudaKernels, func: Any, args: Any, kwargs: Any) ->
     grad, query, key, value, out = args[:5]
     packed = [_packed(t) for t in (grad, query, key, value, out)]
     gradients = [torch.empty_like(t) for t in packed[1:4]]
-    batch, heads, length, size = query.shape
+    batch, heads, length, _ = query.shape
     kernels.scratch(4 * batch * heads * (-(-length // 16) * 16))
     del packed
     return tuple(

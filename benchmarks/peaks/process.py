@@ -66,12 +66,10 @@ class Process:
             self._kernels = kernels
             yield
             self._feed()
-            kept = {self._ledger._book.find(t) for t in kernels.workspaces}
-        kept_before = {h for h in self._held if h.module == _KEPT}
+            kept = {self._ledger._book.find(t) for t in kernels.workspaces}  # None if older
         for holding in kept - {None}:
             holding.module = _KEPT
-        left = [(h, -size) for h, size in self._held.items() if size and h not in kept | kept_before]
-        self._replay.feed(left)
+        self._replay.feed((h, -size) for h, size in self._held.items() if h.module != _KEPT)
         self._held = defaultdict(int, {h: s for h, s in self._held.items() if h.module == _KEPT})
 
     def to_gpu(self, build: Callable[[], Module]) -> Module:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AdamOfJune2023", "VisionTransformer"]
+__all__ = ["VisionTransformer"]
 
 
 class EncoderBlock(nn.Module):
@@ -58,32 +56,3 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.start.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.norm(self.blocks(x + self.places))
         return self.head(x[:, 0])
-
-
-class AdamOfJune2023(torch.optim.Optimizer):
-    """Adam by foreach as torch had it before July 2023: sqrt and denominator both held.
-
-    pytorch/pytorch#104991 (12 July 2023) made the second one an update in place; the rows are of a
-    nightly of 23 June.
-    """
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        (group,) = self.param_groups
-        parameters = [p for p in group["params"] if p.grad is not None]
-        gradients = [p.grad for p in parameters]
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p] = {"first": torch.zeros_like(p), "second": torch.zeros_like(p)}
-        firsts = [self.state[p]["first"] for p in parameters]
-        seconds = [self.state[p]["second"] for p in parameters]
-        torch._foreach_lerp_(firsts, gradients, 0.1)
-        torch._foreach_mul_(seconds, 0.999)
-        torch._foreach_addcmul_(seconds, gradients, gradients, 0.001)
-        roots = torch._foreach_sqrt(seconds)
-        torch._foreach_div_(roots, 0.9)
-        denominators = torch._foreach_add(roots, 1e-8)
-        torch._foreach_addcdiv_(parameters, firsts, denominators, -group["lr"])

@@ -13,8 +13,8 @@ the number. This matters more than the width of a code. With beta2 = 0.999 a sec
 a thousandth a step, far less than half a grid step: rounding to nearest would never let it move.
 
 Bound, stated and tested: between codes c and c + 1 the error is below the gap between them, which
-is (1 + 1/c)^4 - 1 of the lower grid point for v and (1 + 1/c)^2 - 1 for m; rounding to nearest, half
-of it.
+is (1 + 1/c)^4 - 1 of the lower grid point for v and (1 + 1/c)^2 - 1 for m; with rounding to
+nearest, half of it.
 
 Non-finite numbers poison their block: it reads back as NaN or infinity. Numbers beyond the largest
 bf16 number are held as that number.

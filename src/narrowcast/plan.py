@@ -85,6 +85,7 @@ class Plan:
         ):
             if value not in known:
                 raise UnknownName.of(what, value, known)
+        _require_name(self.name)
         object.__setattr__(self, "activations", tuple(self.activations))
         if not isinstance(self.micro_batches, int) or self.micro_batches < 1:
             raise UsageError(f"micro_batches is {self.micro_batches!r}", hint="1 or more")
@@ -137,6 +138,12 @@ class Plan:
     def with_policy(self, policy: Policy) -> Plan:
         """Return this plan with another policy."""
         return replace(self, policy=policy)
+
+
+def _require_name(name: str) -> None:
+    """Raise UsageError for a name that could not be a folder's, as it is in a comparison."""
+    if name in (".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+        raise UsageError(f"{name!r} is no name for a plan", hint="a word without slashes")
 
 
 _BF16_WEIGHTS = Policy(name="bf16-split", param="bf16", compute="bf16")

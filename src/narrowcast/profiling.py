@@ -115,7 +115,7 @@ class Bench:
     batch_of: Callable[[int], Any]
     """Returns a batch of another size, on the CPU."""
     stepping: AbstractContextManager[Any]
-    """What ``engine.step()`` runs under."""
+    """What optimizers step under."""
 
     @classmethod
     def of(
@@ -170,7 +170,8 @@ class Bench:
         for part in split_batch(self.batch, self.plan.micro_batches):
             with self.engine.forward():
                 loss = self.loss(self.model, part)
-            self.engine.backward(loss)
+            with self.stepping if self.plan.gradients == "release" else nullcontext():
+                self.engine.backward(loss)
             with self.stepping:
                 applied = self.engine.step().applied
         return applied
@@ -304,7 +305,7 @@ class Measurements:
 
     With real tensors only as far as memory is sure to suffice. With fake ones, which have sizes
     and no contents, a batch of thousands costs neither memory nor time but for the batch itself:
-    `surroundings` is what they live in, `fake` makes them, and `within` is entered under a ledger.
+    `surroundings` is what they live in, `fake` makes them, and `watching` enters a ledger.
     """
 
     def __init__(
@@ -315,14 +316,14 @@ class Measurements:
         known: dict[int, Sides] | None = None,
         surroundings: AbstractContextManager[Any] | None = None,
         fake: Callable[[Any], Any] | None = None,
-        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        watching: Callable[[MemoryLedger], AbstractContextManager[Any]] = lambda ledger: ledger,
     ) -> None:
         self.known = {} if known is None else known
         self.bench = bench
         self.fp32 = fp32
         self._surroundings = nullcontext() if surroundings is None else surroundings
         self._fake = fake
-        self._within = within
+        self._watching = watching
 
     def excess(self, size: int) -> int | None:
         """Return by how much autocast's peak is above fp32's; None if the batch is too large."""
@@ -346,7 +347,7 @@ class Measurements:
             batch = self._fake(batch)
         bench.model.train()
         ledger = MemoryLedger(bench.model, device=bench.device)
-        with self._surroundings, ledger, self._within():
+        with self._surroundings, self._watching(ledger):
             ledger.inputs(batch)
             with forward_context(policy, kind):
                 loss = bench.loss(bench.model, batch)

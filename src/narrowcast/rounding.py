@@ -35,6 +35,7 @@ __all__ = [
     "split8",
     "split16",
     "split_stochastic",
+    "step_key",
     "stream_key",
     "tensor_key",
 ]
@@ -60,10 +61,14 @@ def mix(word: int) -> int:
     return word ^ word >> 16
 
 
+def step_key(seed: int, step: int) -> int:
+    """Return the key of one step, 32 bits, from a seed of up to 64."""
+    return mix((seed & _WORD) ^ mix((seed >> 32) + step * GOLDEN))
+
+
 def tensor_key(seed: int, step: int, ordinal: int) -> int:
     """Return the key of one tensor's noise in one step, 32 bits."""
-    base = mix((seed & _WORD) ^ mix((seed >> 32) + step * GOLDEN))
-    return mix(base + ordinal * GOLDEN)
+    return mix(step_key(seed, step) + ordinal * GOLDEN)
 
 
 def stream_key(key: int, stream: int) -> int:

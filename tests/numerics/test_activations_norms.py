@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from narrowcast.activations import norms
 from narrowcast.activations.rules import apply_rules, remove_rules, rounding_state
+from narrowcast.errors import UsageError
 from narrowcast.plan import ActivationRule
 from narrowcast.policy import POLICIES, Policy
 from narrowcast.precision.cast import forward_context, full_precision, prepare_model
@@ -249,6 +250,15 @@ def test_torchs_own_norms_with_bf16_weights_keep_statistics_in_bf16(
     assert saved(module.to(BF16), x) == native
 
 
+def test_torchs_own_batch_norms_with_fp32_weights_are_narrow_already() -> None:
+    """A bf16 input, a bf16 result, and fp32 statistics: there is nothing for the lever to do."""
+    module = nn.BatchNorm1d(32)
+    x = (torch.randn(4, 32, requires_grad=True) * 1.0).to(BF16)
+
+    assert saved(module, x) == [(BF16, (4, 32)), *[(FP32, (32,))] * 4]
+    assert module(x).dtype == BF16
+
+
 def test_torchs_own_rms_norm_keeps_two_fp32_tensors_of_the_input() -> None:
     """Its fp32 copy and the normalised numbers, on a CPU with bf16 weights."""
     x = (torch.randn(4, 32, requires_grad=True) * 1.0).to(BF16)
@@ -273,7 +283,7 @@ def test_torchs_own_rms_norm_keeps_two_fp32_tensors_of_the_input() -> None:
 def test_the_result_is_in_the_format_that_is_computed_in(
     context: str, given: torch.dtype, result: torch.dtype
 ) -> None:
-    """Autocast's dtype under autocast, whoever's rules; the input's own without; fp32 stays fp32."""
+    """Autocast's dtype under autocast, whoever's rules; else the input's own; fp32 stays fp32."""
     module = put_on(nn.LayerNorm(8))
     policy = {"none": POLICIES["fp32"], "native": POLICIES["bf16"], "cuda": REHEARSED}[context]
     with forward_context(policy, "cpu"):
@@ -332,3 +342,59 @@ def test_a_narrow_norm_under_compression_has_its_input_packed() -> None:
         model(x).sum().backward()
 
     assert rounding_state(model)["drawn"] == 1
+
+
+class SquareRoot(nn.Module):
+    """An RMS norm as models write it themselves, such as T5, Llama and Mistral."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.to(FP32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+class OwnRMSNorm(SquareRoot):
+    pass
+
+
+class OffsetRMSNorm(SquareRoot):
+    """As Gemma has it: 1 is added to the weight."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * (1 + 1 / self.weight)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """As ConvNeXt has it: over the channels of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class RenamedLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+@pytest.mark.parametrize("made", [OwnRMSNorm, RenamedLayerNorm])
+def test_a_norm_that_computes_as_one_that_is_known_is_taken(
+    made: Callable[[int], nn.Module],
+) -> None:
+    """It is asked for an example, and saves what a narrow norm saves."""
+    module = put_on(made(32))
+    x = (torch.randn(4, 32, requires_grad=True) * 1.0).to(BF16)
+    statistics = 1 if made is OwnRMSNorm else 2
+
+    assert saved(module, x) == [(BF16, (4, 32)), *[(FP32, (4, 1))] * statistics]
+
+
+@pytest.mark.parametrize("made", [OffsetRMSNorm, LayerNorm2d])
+def test_a_norm_that_computes_otherwise_is_refused(made: Callable[[int], nn.Module]) -> None:
+    """Its class is named: a lever must not change what is computed."""
+    with pytest.raises(UsageError, match=f"{made.__name__} compute in a way of their own"):  # type: ignore[attr-defined]
+        apply_rules(nn.Sequential(made(32)), RULES, POLICIES["fp32"])

@@ -14,7 +14,7 @@ from narrowcast.activations.rounding_stream import RoundingStream
 
 FORMATS = ["int8", "e4m3"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [1, 7, 8, 9, GROUP - 1, GROUP, GROUP + 1, 2**16 - 1, 2**16, 2**16 + 1, 2**20 + 129]
+SIZES = [1, 7, 8, 9, GROUP - 1, GROUP, GROUP + 1, 2**15 - 1, 2**15, 2**15 + 1, 2**20 + 129]
 STREAM = RoundingStream(0)
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from narrowcast.engine.engine import Engine
 from narrowcast.memory.measure import MemoryLedger
-from narrowcast.plan import Plan, plan_named
+from narrowcast.plan import ActivationRule, Plan, plan_named
 from narrowcast.policy import policy_named
 from narrowcast.prediction.predict import predict_memory, predict_step_memory
 from narrowcast.profiling import measure_recipe
@@ -89,6 +89,51 @@ def test_islands_and_micro_batches_are_predicted_too() -> None:
     assert bare(predicted) == measured
     whole = predict_memory(loaded, policy, break_even=False)
     assert predicted.total_peak_bytes < whole.total_peak_bytes
+
+
+def plans() -> list[Plan]:
+    """One of each weight store, each state store and each lever, and the named plans."""
+    split, bf16 = plan_named("bf16-split"), plan_named("bf16")
+    stores = [("split16", "fp32"), ("split8", "bf16"), ("stochastic", "int4"), ("split16", "int8")]
+    levers = ("checkpoint", "int8", "e4m3")
+    return [
+        split,
+        plan_named("lean"),
+        replace(plan_named("fp32"), name="fp32 with int8", weights="fp32", states="int8"),
+        *(replace(split, name=f"{w} with {s}", weights=w, states=s) for w, s in stores),
+        replace(split, name="release", gradients="release"),
+        replace(bf16, name="chunked", loss="chunked"),
+        replace(bf16, name="parts", micro_batches=2),
+        *(
+            replace(bf16, name=lever, activations=(ActivationRule(modules="auto", lever=lever),))
+            for lever in levers
+        ),
+        replace(
+            bf16,
+            name="norms",
+            activations=(ActivationRule(modules="*norm*", lever="narrow_norm"),),
+        ),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", plans(), ids=lambda plan: plan.name)
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [("austen", ["batch_size=4"]), ("fashion", ["model=vit", "batch_size=4"])],
+)
+def test_every_store_and_lever_is_predicted_to_the_byte(
+    recipe: str, options: list[str], plan: Plan
+) -> None:
+    """The timeline has fewer points: of alike ranges of weights the trace updates one."""
+    loaded = load_recipe(recipe, options)
+
+    predicted = predict_memory(loaded, plan, break_even=False)
+
+    measured = measure_recipe(loaded, plan, CPU, break_even=False)
+    assert replace(bare(predicted), timeline=()) == replace(measured, timeline=())
+    highest = max(point.bytes for point in predicted.timeline)
+    assert highest == predicted.total_peak_bytes
 
 
 def measured_step(

@@ -121,10 +121,25 @@ def test_every_spelling_of_a_relu_is_exact(function: Callable[[Tensor], Tensor])
 
 
 @pytest.mark.parametrize(
+    "function", [torch.square, lambda x: x.pow(2), lambda x: x**2.0, lambda x: x * x]
+)
+def test_every_spelling_of_a_square_is_packed(function: Callable[[Tensor], Tensor]) -> None:
+    """Its slope is linear in what is saved, unlike that of other powers."""
+    _, levered = both(function)
+
+    assert (
+        held(levered, torch.randn(ROWS, WIDTH)) == PACKINGS["int8"].nbytes(ROWS * WIDTH) + 4 * WIDTH
+    )
+
+
+@pytest.mark.parametrize(
     "function",
     [
         lambda x: x.exp(),
-        lambda x: (x.square() + 0.01).log(),
+        lambda x: x.abs().pow(1.5),
+        lambda x: torch.pow(input=x.abs() + 0.1, exponent=0.5),
+        F.relu6,
+        lambda x: (x.abs() + 0.01).log(),
         lambda x: x / (x.abs() + 0.01),
         lambda x: x.log_softmax(-1),
         lambda x: F.dropout(x, 0.5),
@@ -134,7 +149,21 @@ def test_every_spelling_of_a_relu_is_exact(function: Callable[[Tensor], Tensor])
         lambda x: x.logsumexp(-1, keepdim=True) + x,
         lambda x: F.normalize(x, dim=-1),
     ],
-    ids=["exp", "log", "div", "logsoftmax", "dropout", "clamp", "pool", "pow", "lse", "normalize"],
+    ids=[
+        "exp",
+        "power",
+        "root",
+        "relu6",
+        "log",
+        "div",
+        "logsoftmax",
+        "dropout",
+        "clamp",
+        "pool",
+        "pow",
+        "lse",
+        "normalize",
+    ],
 )
 def test_operations_that_need_their_numbers_keep_them(function: Any) -> None:
     """Not on a list of what may be rounded: the gradient has the bits that it had."""

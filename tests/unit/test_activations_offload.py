@@ -239,18 +239,29 @@ def test_a_module_on_a_cpu_is_refused_when_it_runs_too() -> None:
 
 
 def test_fake_tensors_travel_so_that_a_gpu_can_be_predicted() -> None:
-    """Between forward and backward the offloaded blocks hold nothing on the device."""
-    with FakeTensorMode():
+    """Blocks hold nothing in forward; in backward one block's tensors are back at a time."""
+
+    def ledger_of(rules: tuple[ActivationRule, ...]) -> MemoryLedger:
         model = nn.ModuleDict({"blocks": nn.ModuleList(Attention() for _ in range(3))})
         x = torch.randn(2, ROWS, WIDTH)
-        apply_rules(model, [ActivationRule(modules="auto", lever="offload")], FP32)
-        with MemoryLedger(model) as ledger:
+        apply_rules(model, rules, FP32)
+        ledger = MemoryLedger(model)
+        with ledger:
             ledger.inputs(x)
             y = x
             for block in model["blocks"]:  # type: ignore[union-attr]
                 y = block(y)
             y.square().sum().backward()
-    held = ledger.first_lines("backward")["activations"]
+        return ledger
+
+    with FakeTensorMode():
+        plain = ledger_of(())
+        levered = ledger_of((ActivationRule(modules="auto", lever="offload"),))
+    one = 2 * ROWS * WIDTH * 4
     statistics = 3 * (2 * 2 * ROWS * 4 + 2 * 4 * ROWS * 4)  # mean, 1/deviation, log-sum-exp
 
-    assert held == statistics + y.nbytes  # square keeps its argument
+    assert plain.first_lines("backward")["activations"] == 3 * 6 * one + statistics
+    assert levered.first_lines("backward")["activations"] == statistics + one  # square's argument
+    # Backward of attention has q, k, v and its result back, and makes as many gradients.
+    in_backward = sum(levered.peak_lines("backward").values())
+    assert in_backward < sum(plain.peak_lines("backward").values()) - 2 * 5 * one

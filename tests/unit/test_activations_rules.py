@@ -179,6 +179,15 @@ def test_levers_that_exclude_each_other_are_refused(
     assert all(part in caught.value.message for part in parts)
 
 
+def test_batch_norms_need_no_lever() -> None:
+    """They are told apart from norms that the lever does not know."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4))
+
+    with pytest.raises(UsageError, match="knows, but BatchNorm2d") as caught:
+        apply_rules(model, [rule("*", "narrow_norm")], BF16)
+    assert "drop the rule" in caught.value.hint
+
+
 def test_a_narrow_norm_in_an_fp32_island_is_refused() -> None:
     """keep_fp32 asks for fp32 in and out, and the lever for 16 bits."""
     policy = BF16.keeping_fp32("blocks.1")
@@ -234,7 +243,7 @@ def as_averaged(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, as_pickled, as_saved, as_averaged])
-@pytest.mark.parametrize("lever", ["checkpoint", "int8"])
+@pytest.mark.parametrize("lever", ["checkpoint", "int8", "narrow_norm"])
 def test_a_copy_runs_its_own_modules(copied: Callable[..., nn.Module], lever: str) -> None:
     """Gradients of a copy's loss arrive in the copy, and the original's stay empty."""
     model = Net()
@@ -242,7 +251,7 @@ def test_a_copy_runs_its_own_modules(copied: Callable[..., nn.Module], lever: st
     other = copied(model)
     other(torch.randn(4, 64)).sum().backward()
 
-    assert placed(other) == placed(model)
+    assert placed(other) == placed(model) != {}
     assert all(p.grad is not None for p in other.parameters())
     assert all(p.grad is None for p in model.parameters())
 

@@ -10,7 +10,7 @@ import pytest
 
 from narrowcast.comparison.arms import Run, arm_record, losses_differ, same_training, value_of
 from narrowcast.comparison.study import Assignment
-from narrowcast.policy import POLICIES
+from narrowcast.plan import PLANS
 from narrowcast.records.memory import MemoryLine, MemoryRecord, TimelinePoint
 from narrowcast.records.run import Evaluation, StepPoint
 from trainings import FakeTrainer
@@ -20,7 +20,7 @@ def made(tmp_path: Path, seed: int, **changes: object) -> Run:
     """One run of 10 steps in bf16 with metric `loss`."""
     points: list[StepPoint] = []
     assignment = Assignment(
-        arm="bf16", policy=POLICIES["bf16"], seed=seed, steps=10, perturb=False, directory=tmp_path
+        arm="bf16", plan=PLANS["bf16"], seed=seed, steps=10, perturb=False, directory=tmp_path
     )
     record = FakeTrainer(change=lambda _: dict(changes))(assignment, points.append)
     return Run(record=record, steps=tuple(points), directory=f"arms/bf16/seed-{seed}")

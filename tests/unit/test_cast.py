@@ -85,16 +85,53 @@ def test_an_unknown_format_names_the_nearest() -> None:
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_weights_take_the_storage_format(name: str) -> None:
     """Floating-point weights and buffers are stored as the policy says; counters stay integers."""
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).bfloat16()
     weights = list(model.parameters())
 
     prepare_model(model, policy_named(name), "cpu")
 
     wanted = torch_dtype(policy_named(name).param)
-    assert {p.dtype for p in model.parameters()} == {wanted}
-    assert model[1].running_mean.dtype == wanted
+    assert {p.dtype for p in model[0].parameters()} == {wanted}
+    # Statistics in 16 bits would stop moving; torch's kernels take 16-bit inputs beside them.
+    assert {p.dtype for p in model[1].parameters()} == {FP32}
+    assert model[1].running_mean.dtype == FP32
     assert model[1].num_batches_tracked.dtype == torch.int64
     assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_fp64_weights_are_refused(name: str) -> None:
+    """Half of their digits would be lost; the model is left as it was."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1).double())
+
+    with pytest.raises(UsageError, match=r"1\.weight, 1\.bias are fp64") as caught:
+        prepare_model(model, policy_named(name), "cpu")
+
+    assert "model.float()" in caught.value.hint
+    assert model[1].weight.dtype is torch.float64
+
+
+def test_fp64_buffers_stay_as_in_a_plain_loop() -> None:
+    """A policy that stores fp32 leaves them alone: 1e300 is still a number."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("big", torch.tensor(1e300, dtype=torch.float64))
+
+    notes = prepare_model(model, policy_named("bf16"), "cpu")
+
+    assert model.big.item() == 1e300
+    assert notes == ()
+
+
+def test_fp64_buffers_that_become_bf16_are_told() -> None:
+    """As ``model.to(torch.bfloat16)`` does, and with their names."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_buffer("count", torch.tensor(3.0, dtype=torch.float64))
+    model[0].register_buffer("scale", torch.ones(2, dtype=torch.float64))
+
+    notes = prepare_model(model, policy_named("bf16-true"), "cpu")
+
+    assert model.count.dtype is BF16
+    assert notes == ("fp64 buffers became bf16: count, 0.scale",)
 
 
 def test_existing_gradients_follow_their_weights() -> None:
@@ -429,10 +466,24 @@ def test_full_precision_is_fp32_from_the_stored_weights(name: str) -> None:
     assert torch.equal(found, plain(x))
 
 
+class Centred(nn.Module):
+    """Takes a running mean off, which it keeps in the format of the weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - self.running_mean
+        if self.training:
+            self.running_mean.lerp_(x.detach().mean(dim=0), 0.1)
+        return centred
+
+
 @pytest.mark.parametrize("fail", [False, True])
 def test_full_precision_restores_every_bit(fail: bool) -> None:
     """Afterwards weights and buffers are the same storage with the same bits, and hooks work."""
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(3, 4)
+    model, x = nn.Sequential(nn.Linear(4, 4), Centred(4)), torch.randn(3, 4)
     prepare_model(model, policy_named("bf16-true"), "cpu")
     tensors = [t for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
     before = [(t.data_ptr(), t.dtype, t.detach().clone()) for t in tensors]
@@ -467,6 +518,74 @@ def test_state_loaded_in_full_precision_is_refused(assign: bool, around: Any) ->
 
     assert model.weight is weight
     assert torch.equal(weight, before)
+
+
+class Renormed(nn.Module):
+    """Writes rows of its embedding, and a buffer of a child, whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4, max_norm=1.0)
+        self.child = Centred(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.child.running_mean.add_(1)
+        return self.child(self.embedding(x))
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_what_a_forward_pass_writes_is_scratch_and_named(around: Any) -> None:
+    """In evaluation mode it ends with the block: the stored values stay, and the names are told."""
+    model = Renormed().eval()
+    prepare_model(model, policy_named("bf16-true"), "cpu")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+
+    with around(), full_precision(model) as rewritten:
+        for _ in range(2):
+            model(torch.arange(8))
+
+    assert rewritten == ["embedding.weight", "child.running_mean"]
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.children())
+
+
+def test_a_child_may_be_called_alone_in_full_precision() -> None:
+    """Whichever module the caller enters first is a forward pass of the model's own."""
+    model = Renormed().eval()
+    prepare_model(model, policy_named("bf16-true"), "cpu")
+
+    with torch.no_grad(), full_precision(model) as rewritten:
+        model.embedding(torch.arange(8))
+
+    assert rewritten == ["embedding.weight"]
+
+
+def test_a_load_between_two_forward_passes_is_refused() -> None:
+    """What the model writes does not hide what somebody else wrote."""
+    model, x = Renormed().eval(), torch.arange(8)
+    prepare_model(model, policy_named("bf16-true"), "cpu")
+
+    def load_in_between() -> None:
+        model(x)
+        model.embedding.weight.fill_(1)
+        model(x)
+
+    refused = pytest.raises(UsageError, match=r"embedding\.weight changed")
+    with refused, torch.no_grad(), full_precision(model):
+        load_in_between()
+
+
+def test_a_forward_pass_that_raises_leaves_no_hook() -> None:
+    """The next block counts its passes from none."""
+    model = Renormed().eval()
+    prepare_model(model, policy_named("bf16-true"), "cpu")
+
+    with pytest.raises(IndexError), torch.no_grad(), full_precision(model):
+        model(torch.tensor([99]))
+    with torch.no_grad(), full_precision(model) as rewritten:
+        model(torch.arange(8))
+
+    assert rewritten == ["embedding.weight", "child.running_mean"]
 
 
 def test_a_cache_may_change_in_full_precision() -> None:

@@ -103,6 +103,28 @@ def test_a_bad_json_target_is_found_before_the_work(tmp_path: Path, target: str)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]
 
 
+@pytest.mark.parametrize(
+    ("name", "beside"), [("run.json", "metrics.jsonl"), ("comparison.json", "protocol.json")]
+)
+def test_the_record_that_a_directory_keeps_of_itself_is_left(
+    tmp_path: Path, run_json: Path, name: str, beside: str
+) -> None:
+    """It is ours, and not to be replaced by another one, through a link neither."""
+    place = tmp_path / "other"
+    place.mkdir()
+    (place / name).write_bytes(run_json.read_bytes())
+    (place / beside).write_text("")
+    (tmp_path / "link.json").symlink_to(place / name)
+    before = (place / name).read_bytes()
+
+    for target in (place / name, "link.json"):
+        said = narrowcast("report", run_json, "--json", target, cwd=tmp_path)
+
+        assert said.returncode == 6
+        assert "keeps of itself" in said.stderr
+    assert (place / name).read_bytes() == before
+
+
 def test_what_a_recipe_prints_stays_away_from_the_json(tmp_path: Path) -> None:
     """Python's own output and that of other processes goes to stderr."""
     (tmp_path / "chatty.py").write_text(CHATTY)

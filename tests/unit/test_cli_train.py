@@ -129,7 +129,8 @@ def test_auto_says_what_it_chose_and_why(narrowcast: Shell) -> None:
         (["train", SMALL, "--keep-fp32", "nowhere"], 2, "matches no module"),
         (["train", SMALL, "-p", "tf32", "--device", "cpu"], 3, "TF32 exists on CUDA devices only"),
         (["evaluate", "fashion"], 2, "no --weights were given"),
-        (["evaluate", "absent.py", "--weights", "x.safetensors"], 4, "no recipe file"),
+        (["evaluate", "absent.py", "--weights", "x.safetensors"], 2, "no recipe file"),
+        (["train", "absent.py"], 2, "no recipe file"),
         (["verify-resume", "fashon"], 2, "did you mean 'fashion'"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
@@ -222,6 +223,69 @@ def test_a_run_is_evaluated_as_its_record_says(narrowcast: Shell) -> None:
     assert record["precision"] == "bf16-true"
     assert record["weights"] == "run/weights.safetensors"
     assert record["warnings"] == []
+
+
+def test_an_option_that_was_set_to_none_is_none_when_evaluated(narrowcast: Shell) -> None:
+    """The default is another value, with other figures."""
+    text = Path(SMALL).read_text()
+    text = text.replace("    lr: float", "    factor: float | None = 3.0\n    lr: float")
+    Path("mine.py").write_text(
+        text.replace("Net(options.width)", "Net(16 if options.factor else 8)")
+    )
+    narrowcast(
+        "train", "mine.py", "-p", "fp32", "--set", "factor=none", "-o", "run", "--no-measure"
+    )
+
+    said = narrowcast("evaluate", "run", "--json", "-")
+
+    assert json.loads(said.out)["options"]["factor"] is None
+    assert json.loads(said.out)["warnings"] == []
+
+
+def test_options_that_change_each_other_are_said_when_evaluated(narrowcast: Shell) -> None:
+    """A __post_init__ that is applied to its own result gives other options than the run had."""
+    twice = "    lr: float = 0.02\n\n    def __post_init__(self):\n        self.lr = self.lr / 2\n"
+    text = Path(SMALL).read_text().replace("    lr: float = 0.02\n", twice)
+    Path("mine.py").write_text(text)
+    narrowcast("train", "mine.py", "-p", "fp32", "-o", "run", "--no-measure")
+
+    said = narrowcast("evaluate", "run", "--json", "-")
+
+    assert json.loads(said.out)["warnings"] == ["options are not those of the run: lr"]
+
+
+def test_a_run_that_got_nowhere_has_nothing_to_evaluate(narrowcast: Shell) -> None:
+    """One clear error, and how to go on."""
+    narrowcast("train", SMALL, "-p", "fp32", "-o", "run", "--no-measure")
+    for file in [*Path("run/checkpoints").iterdir(), Path("run/weights.safetensors")]:
+        file.unlink()
+
+    said = narrowcast("evaluate", "run")
+
+    assert said.code == 6
+    assert "holds neither weights nor a checkpoint" in said.err
+
+
+REPEATS = """
+    def forward(self, x):
+        index = torch.zeros(3, dtype=torch.long)
+        x = x + torch.zeros_like(x).put_(index, x.flatten()[:3])
+        """
+
+
+def test_a_run_without_determinism_is_evaluated_without(narrowcast: Shell) -> None:
+    """As the run was; and where its weights are named, with the option that the error names."""
+    text = Path(SMALL).read_text().replace("\n    def forward(self, x):\n        ", REPEATS)
+    Path("mine.py").write_text(text)
+    weights = ("--weights", "run/weights.safetensors")
+    narrowcast("train", "mine.py", "-p", "fp32", "-o", "run", "--no-deterministic")
+
+    of_run = narrowcast("evaluate", "run")
+    strict = narrowcast("evaluate", "mine.py", *weights)
+    loose = narrowcast("evaluate", "mine.py", *weights, "--no-deterministic")
+
+    assert (of_run.code, strict.code, loose.code) == (0, 4, 0)
+    assert "--no-deterministic" in strict.err
 
 
 def test_weights_are_evaluated_by_a_recipe(narrowcast: Shell) -> None:

@@ -33,6 +33,7 @@ from narrowcast.errors import (
 from narrowcast.plan import plan_named
 from narrowcast.recipes.load import load_recipe
 from narrowcast.training.run_directory import RunDirectory
+from narrowcast.training.train import TrainOptions, train
 
 CPU = torch.device("cpu")
 
@@ -287,6 +288,81 @@ def test_nan_everywhere_is_not_a_precision_problem(recipe_file: Path, tmp_path: 
     assert record.arms[0].diverged == record.protocol.seeds
 
 
+LOSS = "    return (model(x) - y).square().mean()"
+COUNTING = f"    global calls\n    calls += 1\n{LOSS} / (1 + calls / 20)"
+ANNEALED = RECIPE.replace(LOSS, COUNTING).replace("HIGHER", "calls = 0\nHIGHER", 1)
+
+
+def test_no_arm_inherits_the_globals_of_another(recipe_file: Path, tmp_path: Path) -> None:
+    """A weight of the loss that a module's global anneals begins anew with each training."""
+    recipe_file.write_text(ANNEALED)
+    made = plan(recipe_file)
+
+    record = compare(made, tmp_path / "out")
+    alone = train(
+        load_recipe(recipe_file),
+        plan_named("bf16"),
+        TrainOptions(seed=made.protocol.seeds[1], measure=False),
+        tmp_path / "alone",
+        device=CPU,
+    )
+
+    assert record.arms[1].metrics["loss"][1] == alone.evaluations[0].metrics["loss"]
+    assert record.arms[1].final_losses[1] == alone.final_loss
+
+
+def test_a_recipe_that_is_edited_under_way_stops_the_comparison(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """Each training loads the file anew, and sees that it is another one."""
+    made = plan(recipe_file)
+    recipe_file.write_text(RECIPE + "\n# edited\n")
+
+    with pytest.raises(RecipeError, match="was edited since it was loaded"):
+        compare(made, tmp_path / "out")
+
+
+def test_evaluation_data_exchanged_during_an_interruption_are_found(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """Also samples beyond the first batch, which the protocol's hash does not cover."""
+    changed = "x[-1] = 0 if __import__('os').path.exists(__file__ + '.on') else x[-1]"
+    recipe_file.write_text(RECIPE.replace("    y = options", f"    {changed}\n    y = options"))
+    made = plan(recipe_file, margin="0.5", steps=30)
+    with pytest.raises(KeyboardInterrupt):
+        compare(made, tmp_path / "out", observe=_Interrupting(at_point=2 * 30 + 10))
+    recipe_file.with_name(recipe_file.name + ".on").write_text("")
+
+    with pytest.raises(ProtocolError, match="bf16 did not have the same evaluation samples"):
+        compare(made, tmp_path / "out")
+
+
+REPEATED = """
+
+class Repeated(nn.Module):
+    def forward(self, x):
+        index = torch.zeros(3, dtype=torch.long)
+        return x + torch.zeros_like(x).put_(index, x.flatten()[:3].detach())
+"""
+
+
+def test_an_operation_without_a_deterministic_kernel_can_be_allowed(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """The error names an option that the verb has; with it, the protocol and the runs say so."""
+    recipe_file.write_text(RECIPE.replace("nn.Tanh()", "Repeated()") + REPEATED)
+    with pytest.raises(RecipeError, match="put_") as caught:
+        compare(plan(recipe_file), tmp_path / "strict")
+    made = plan(recipe_file, deterministic=False)
+
+    record = compare(made, tmp_path / "loose")
+
+    assert "--no-deterministic" in caught.value.hint
+    assert record.protocol.training["deterministic"] is False
+    run = RunDirectory(tmp_path / "loose" / record.arms[0].run_directories[0])
+    assert run.read_record().deterministic is False
+
+
 def test_weights_from_an_unseeded_source_are_an_error(recipe_file: Path, tmp_path: Path) -> None:
     """A recipe that draws weights from the clock cannot be compared, and is told why."""
     recipe_file.write_text(
@@ -322,13 +398,14 @@ def test_the_verb_prints_json_alone_on_stdout(
     code, stdout, stderr, _ = invoke(
         command, recipe_file, "--precisions", "fp32,bf16-mixed", "--seeds", 2, "--margin", 0.5,
         "--metric", "error", "--steps", 4, "--set", "lr=0.01", "--device", "cpu",
-        "--autocast-rules", "cuda", "--output", out, "--json", "-",
+        "--autocast-rules", "cuda", "--no-deterministic", "--output", out, "--json", "-",
     )  # fmt: skip
 
     data = json.loads(stdout)
     assert code == 0
     assert data["protocol"]["margin"] == 0.5
     assert data["protocol"]["options"]["lr"] == 0.01
+    assert data["protocol"]["training"]["deterministic"] is False
     assert data["protocol"]["plans"]["bf16"]["policy"]["autocast_rules"] == "cuda"
     assert data["protocol"]["plans"]["fp32"]["policy"]["autocast_rules"] == "native"
     assert [v["precision"] for v in data["verdicts"]] == ["bf16"]

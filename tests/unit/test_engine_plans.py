@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from narrowcast.engine.engine import Engine
+from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import CheckpointError, UsageError
 from narrowcast.optim.adamw import AdamW
 from narrowcast.plan import PLANS, ActivationRule, Plan
@@ -178,30 +179,47 @@ def test_micro_batches_of_a_plan_make_one_step() -> None:
 
 
 def test_islands_keep_fp32_weights_in_an_fp32_store() -> None:
-    """The norms of a bf16 model may be fp32 islands; their group says weights='fp32'."""
+    """The norms of a bf16 model may be fp32 islands: the engine moves them, bit for bit."""
     torch.manual_seed(0)
     model = Stack()
+    torch.nn.init.normal_(model.blocks[0].norm.weight)  # type: ignore[union-attr,arg-type]
     norms = [p for n, p in model.named_parameters() if "norm" in n]
     others = [p for n, p in model.named_parameters() if "norm" not in n]
-    groups = [{"params": others}, {"params": norms, "weights": "fp32"}]
-    optimizer = AdamW(groups, weights="split16", states="int8")
+    before = [p.detach().clone() for p in norms]
+    optimizer = AdamW(model.parameters(), weights="split16", states="int8")
     plan = replace(SPLIT, policy=SPLIT.policy.keeping_fp32(nn.LayerNorm))
 
-    train(Engine(model, optimizer, plan), 2)
+    engine = Engine(model, optimizer, plan)
 
+    assert all(torch.equal(p, was) for p, was in zip(norms, before, strict=True))
+    train(engine, 2)
     assert {p.dtype for p in norms} == {torch.float32}
     assert {p.dtype for p in others} == {torch.bfloat16}
 
 
-def test_islands_in_a_narrow_store_are_refused() -> None:
-    """The error names the weight and the group that it belongs into."""
-    model = Stack()
-    optimizer = AdamW(model.parameters(), weights="split16", states="int8")
-    plan = replace(SPLIT, policy=SPLIT.policy.keeping_fp32(nn.LayerNorm))
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-split", "lean"])
+def test_batch_norms_keep_fp32_statistics_and_16_bit_inputs(precision: str) -> None:
+    """Running means and variances do not stop moving, and what is saved for backward is bf16."""
+    torch.manual_seed(0)
+    plan = PLANS[precision]
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(4))
+    model(torch.zeros(2, 1, 8, 8))
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(model, planned_optimizer(optimizer, model, plan), plan)
+    norm = model[1]
+    norm.register_forward_hook(lambda _, args, out: seen.extend([args[0].dtype, out.dtype]))
+    seen: list[torch.dtype] = []
 
-    with pytest.raises(UsageError, match=r"blocks\.0\.norm\.weight") as error:
-        Engine(model, optimizer, plan)
-    assert "weights='fp32'" in error.value.hint
+    with engine.forward():
+        loss = F.cross_entropy(model(torch.randn(4, 1, 8, 8)), torch.arange(4))
+    engine.backward(loss)
+    engine.step()
+
+    assert {t.dtype for t in (*norm.parameters(), norm.running_mean, norm.running_var)} == {
+        torch.float32
+    }
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert model[0].weight.dtype is torch.bfloat16
 
 
 def test_levers_do_what_they_say() -> None:

@@ -55,6 +55,8 @@ def test_every_pair_of_stores_is_a_plan(weights: str, states: str) -> None:
         ({"gradients": "drop"}, "choice for gradients"),
         ({"loss": "chunk"}, "did you mean 'chunked'"),
         ({"micro_batches": 0}, "micro_batches is 0"),
+        ({"name": "../p"}, "no name for a plan"),
+        ({"name": "a\n"}, "no name for a plan"),
         ({"states": OWN}, "one of them is the recipe's own"),
         ({"policy": POLICIES["bf16"]}, "keeps them in fp32"),
         ({"weights": "fp32"}, "keeps them in bf16"),

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
+from narrowcast import rounding
 from narrowcast.errors import RecipeError, UnknownName, UnsupportedPrecision, UsageError
-from narrowcast.policy import policy_named
+from narrowcast.plan import plan_named
 from narrowcast.prediction.cpu_kernels import CpuKernels
 from narrowcast.prediction.predict import predict_memory, predict_step_memory
-from narrowcast.prediction.trace import Stage, trace_steps
-from narrowcast.profiling import Bench, first_batch
+from narrowcast.prediction.trace import Stage, trace_from_start, trace_steps
+from narrowcast.profiling import Bench, first_batch, measure_recipe
 from narrowcast.recipes.load import load_recipe
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def bench(stage: Stage, precision: str = "bf16") -> Bench:
     with stage:
         return Bench.of(
             loaded,
-            policy_named(precision),
+            plan_named(precision),
             CPU,
             data=data,
             batch=stage.fake(batch),
@@ -85,11 +86,15 @@ def test_from_the_second_step_on_all_steps_are_alike(precision: str) -> None:
 def test_a_whole_trace_begins_with_the_model_and_shows_the_last_step() -> None:
     """Its lines are those of the step, but for the seed of the loss that the engine keeps."""
     stage = Stage(CpuKernels())
-    whole = trace_steps(bench(stage), stage, whole=True)
+    whole = trace_from_start(bench(stage), stage, steps=2)
     other = Stage(CpuKernels())
     last = trace_steps(bench(other), other).record()
 
-    record = whole.record()
+    record = whole.ledger.record()
+    events = whole.ledger.events()
+    held = sum(change for _, change in events[: whole.entry])
+    assert held == {line.category: line.bytes for line in record.lines}["parameters"]
+    assert whole.entry < whole.last_step < len(events)
     seed = 4  # one fp32 number, which a ledger of the last step finds and does not count
     assert record.total_peak_bytes == last.total_peak_bytes + seed
     assert len(record.timeline) == len(last.timeline) - 1  # it was entered a step before
@@ -158,10 +163,13 @@ def test_a_buffer_from_outside_torch_loses_its_contents_too(tmp_path: Path) -> N
         "    return nn.Sequential(part, nn.Linear(8",
     )
 
-    record = predict_memory(recipe(tmp_path, source=source), "fp32")
+    path = recipe(tmp_path, source=source)
 
-    held = {line.category: line.bytes for line in record.lines}
-    assert held["buffers"] == 3 * 4 * 4  # the policy's fp32
+    record = predict_memory(path, "fp32")
+
+    measured = measure_recipe(load_recipe(path), plan_named("fp32"), CPU)
+    assert record.lines == measured.lines
+    assert {line.category: line.bytes for line in record.lines}["buffers"] > 0
 
 
 def test_values_are_answered_only_while_the_engine_steps() -> None:
@@ -225,6 +233,17 @@ def test_a_real_module_is_cast_as_ever_while_another_thread_is_on_a_stage() -> N
     assert real.weight.dtype is torch.float64
     assert nn.Module._apply is before
     assert "__deepcopy__" not in vars(FakeTensor)
+
+
+def test_the_noise_of_a_trace_is_not_found_by_a_training() -> None:
+    """Stochastic rounding keeps a tile of noise for each device, and a fake one is no noise."""
+    rounding._first_round.cache_clear()
+    before = rounding._first_round
+
+    predict_memory("tabular", "bf16-split", batch_size=4)
+
+    assert rounding._first_round is before
+    assert not isinstance(rounding.noise16(1, 0, 4, CPU), FakeTensor)
 
 
 def test_a_failed_trace_leaves_torch_as_it_was(tmp_path: Path) -> None:

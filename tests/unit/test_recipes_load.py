@@ -20,7 +20,7 @@ from narrowcast.errors import (
     UnknownName,
     UsageError,
 )
-from narrowcast.recipes.load import Recipe, load_recipe, option_values
+from narrowcast.recipes.load import Recipe, load_again, load_recipe, option_values
 
 PARTS = {
     "head": """
@@ -197,7 +197,7 @@ def test_a_missing_file_names_its_neighbour(write: Write) -> None:
 
     error = load_error(path.with_name("my_recpie.py"))
 
-    assert isinstance(error, RecipeError)
+    assert isinstance(error, UsageError)
     assert error.message.startswith("there is no recipe file")
     assert f"did you mean {path}?" in error.hint
 
@@ -206,6 +206,33 @@ def test_a_directory_or_a_missing_directory_is_no_recipe(tmp_path: Path) -> None
     """Neither a folder nor a path into nowhere crashes."""
     assert "there is no recipe file" in load_error(tmp_path).message
     assert "there is no recipe file" in load_error(tmp_path / "no" / "such.py").message
+
+
+def test_values_of_a_record_are_options_as_they_are(write: Write) -> None:
+    """None and a text with blanks come back, which no typed text could say."""
+    options = "@dataclass\nclass Options:\n    tag: str | None = 'a'\n    gap: str = ' '\n"
+    path = write(Options=options)
+
+    recipe = load_recipe(path, {"tag": None, "gap": "  "})
+
+    assert option_values(recipe) == {"tag": None, "gap": "  "}
+    with pytest.raises(UnknownName, match="'old'"):
+        load_recipe(path, {"old": 1})
+
+
+def test_a_recipe_is_loaded_again_with_fresh_globals(write: Write) -> None:
+    """The same options, and nothing of what the first one has kept since."""
+    path = write()
+    first = load_recipe(path, ["width=3"])
+    first.module.kept = 1
+
+    again = load_again(first)
+
+    assert option_values(again) == option_values(first)
+    assert not hasattr(again.module, "kept")
+    path.write_text(path.read_text() + "\n# edited\n")
+    with pytest.raises(RecipeError, match="was edited since it was loaded"):
+        load_again(first)
 
 
 @pytest.mark.parametrize("part", ["Options", "model", "data", "loss", "metrics"])

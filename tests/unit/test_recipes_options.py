@@ -23,6 +23,8 @@ class Options:
     width: int | None = None
     rate: Optional[float] = None  # noqa: UP045 -- the spelling that users of older books write
     bits: Literal[8, 16] | None = 8
+    tag: str | None = "a"
+    size: str | int = "large"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,10 @@ class Options:
         ("bits=16", 16),
         ("bits=none", None),
         (" steps = 7 ", 7),
+        ("tag=none", None),
+        ("tag=nothing", "nothing"),
+        ("size=3", 3),
+        ("size=small", "small"),
     ],
 )
 def test_a_value_is_read_by_the_declared_type(override: str, expected: object) -> None:

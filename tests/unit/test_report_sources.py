@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -91,7 +93,9 @@ def test_a_json_file_is_known_by_what_it_holds(name: str, kind: type, tmp_path: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not JSON"),
+        (b"", "invalid JSON"),
+        (b"[" * 100_000, "not a record"),
+        (b'{"protocol": 1' + b"0" * 5000 + b"}", "not a record"),
         (b"[1, 2]", "is not a record"),
         (b'{"a": 1}', "is not a record"),
         (b"\xff\xfe", "is not text"),
@@ -103,6 +107,34 @@ def test_what_is_not_a_record_is_one_clear_error(
 ) -> None:
     """The error names the file and what is wrong with it."""
     (tmp_path / "odd.json").write_bytes(content)
+
+    with pytest.raises(NarrowcastError, match=message) as caught:
+        read_source(tmp_path / "odd.json")
+
+    assert "odd.json" in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema=99), "has schema 99, and this version of narrowcast reads"),
+        (lambda d: d.update(arms=[]), r"the arms are \[\]"),
+        (lambda d: d["arms"].pop(), "and the protocol has"),
+        (lambda d: d["verdicts"][0].update(verdict="GREAT"), "expected one of 'NON-INFERIOR'"),
+        (lambda d: d["arms"][0].update(peak_bytes=10**400), "a double"),
+        (lambda d: d["arms"][0].update(step_seconds=10**400), "a double"),
+        (lambda d: d["arms"][1].update(final_losses=[1.0]), r"5 seeds, and \[1, 5\] values"),
+        (lambda d: d["arms"][1]["metrics"].update(loss=[1.0]), r"5 seeds, and \[1, 5\] values"),
+    ],
+)
+def test_an_edited_comparison_is_one_clear_error(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    """Whatever does not fit the rest is named with its file, before anything is drawn."""
+    data = json.loads((GOLDEN / "comparison.json").read_text())
+    change(data)
+    (tmp_path / "odd.json").write_text(json.dumps(data))
 
     with pytest.raises(NarrowcastError, match=message) as caught:
         read_source(tmp_path / "odd.json")

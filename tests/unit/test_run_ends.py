@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from narrowcast.errors import RecipeError, RunDirectoryError
+from narrowcast.errors import PrecisionError, RecipeError, RunDirectoryError
 from narrowcast.plan import plan_named
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import RunRecord
 from narrowcast.training import checkpoint
+from narrowcast.training.events import Ended, Event, Hearing, Saved
 from narrowcast.training.run_directory import RunDirectory
 from narrowcast.training.train import TrainOptions, train
 
@@ -118,6 +121,68 @@ def test_a_final_metric_that_is_nan_is_said(tmp_path: Path) -> None:
 
     assert record.status == "finished"
     assert any("accuracy = nan" in text for text in record.warnings)
+
+
+def test_the_step_with_which_a_run_gives_up_is_counted(tmp_path: Path) -> None:
+    """No more skipped steps than steps, and metrics.jsonl has the last one too."""
+    recipe = changed(tmp_path, LOSS, LOSS.rstrip("\n") + " * float('nan')\n")
+
+    with pytest.raises(PrecisionError):
+        run(tmp_path / "run", recipe)
+
+    place = RunDirectory(tmp_path / "run")
+    record, points = place.read_record(), place.read_metrics()
+    assert (record.status, record.failure_kind) == ("failed", "PrecisionError")
+    assert record.skipped_steps == record.completed_steps == len(points) == 8
+    assert points[-1].kind == "step"
+    assert (points[-1].applied, points[-1].reason) == (False, "non-finite loss")
+
+
+@pytest.mark.parametrize("moment", ["export", "end"])
+def test_ctrl_c_while_a_run_is_being_ended_is_handed_on(tmp_path: Path, moment: str) -> None:
+    """The run is finished; whoever would train another one hears that somebody asked to stop."""
+    heard = Hearing(lambda _: None)
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Saved) and event.step == 12 and moment == "export":
+            os.kill(os.getpid(), signal.SIGINT)
+        if isinstance(event, Ended) and moment == "end":
+            os.kill(os.getpid(), signal.SIGINT)
+        heard(event)
+
+    if moment == "end":
+        with pytest.raises(KeyboardInterrupt):  # as always: nobody has taken the signal over
+            run(tmp_path / "run", observe=observe)
+    else:
+        run(tmp_path / "run", observe=observe)
+
+    assert heard.stop_asked == (moment == "export")
+    assert RunDirectory(tmp_path / "run").read_record().status == "finished"
+
+
+def test_writes_of_the_model_in_evaluation_are_noticed_once(tmp_path: Path) -> None:
+    """nn.Embedding(max_norm=...) in bf16-true: the run ends well, and its record tells."""
+    recipe = changed(
+        tmp_path,
+        "    return Net(options.width)",
+        "    return Renormed(options.width)",
+        "\n\nclass Renormed(Net):\n"
+        "    def __init__(self, width):\n        super().__init__(width)\n"
+        "        self.embedding = nn.Embedding(4, 6, max_norm=0.5)\n\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x + self.embedding((x[:, 0] > 0).long()))\n",
+    )
+
+    record = train(
+        load_recipe(recipe),
+        plan_named("bf16-true"),
+        TrainOptions(measure=False, evaluate_every=4),
+        tmp_path / "run",
+        device=torch.device("cpu"),
+    )
+
+    said = [text for text in record.warnings if "forward pass writes embedding.weight" in text]
+    assert (record.status, len(said)) == ("finished", 1)
 
 
 def test_a_scheduler_that_raises_is_the_recipes_error(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from narrowcast.plan import PLANS
 from narrowcast.records.codec import loads
 from narrowcast.records.comparison import ComparisonRecord, Protocol
 from narrowcast.records.run import Evaluation, RunRecord
+from narrowcast.training.events import Ended
 from narrowcast.training.run_directory import RunDirectory
 from trainings import ENVIRONMENT, FakeTrainer, no_harm
 
@@ -146,6 +147,25 @@ def test_an_interruption_loses_no_run_that_has_ended(tmp_path: Path) -> None:
     assert record.verdicts == run(tmp_path / "other").verdicts
 
 
+def test_ctrl_c_while_a_run_is_being_ended_stops_the_comparison(tmp_path: Path) -> None:
+    """It comes too late for that run, which counts; the next one does not begin."""
+    trainer = FakeTrainer()
+
+    def late(assignment: Assignment, observe: Callable[[Any], None]) -> RunRecord:
+        record = trainer(assignment, observe)
+        observe(Ended(record=record, stop_asked=len(trainer.calls) == 2))
+        return record
+
+    events: list[Any] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, late, observe=events.append)
+    again = FakeTrainer()
+    run(tmp_path, again)
+
+    assert len([e for e in events if isinstance(e, RunEnds)]) == 2
+    assert trainer.calls + again.calls == ORDER
+
+
 def _interrupted(trainer: FakeTrainer, at: int) -> dict[str, Any]:
     return {"status": "interrupted"} if len(trainer.calls) == at else {}
 
@@ -211,7 +231,10 @@ def test_an_error_before_the_first_step_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "words"),
-    [("initial_weights_hash", "initial fp32 weights"), ("data_order_hash", "order of samples")],
+    [
+        ("initial_weights_hash", "initial fp32 weights"),
+        ("data_order_hash", "order of samples"),
+    ],
 )
 def test_arms_that_did_not_start_alike_are_an_error(tmp_path: Path, field: str, words: str) -> None:
     """A differing hash stops the comparison at that run, before any verdict."""
@@ -380,3 +403,35 @@ def test_what_was_not_tested_follows_from_the_facts(tmp_path: Path) -> None:
     assert "Speed on a GPU" not in on_gpu
     assert "H100" in on_gpu
     assert "with one seed no difference can be told from chance" in one
+
+
+def test_seeds_that_do_not_vary_the_weights_are_not_said_to(tmp_path: Path) -> None:
+    """A recipe that seeds torch itself starts all runs from the same weights."""
+    same = FakeTrainer(change=lambda a: {"initial_weights_hash": f"weights {a.perturb}"})
+
+    ours = " ".join(run(tmp_path / "same", same).untested)
+    others = " ".join(run(tmp_path / "varied").untested)
+
+    assert "all seeds started from the same ones" in ours
+    assert "the seeds vary data order and dropout of one recipe" in ours
+    assert "the seeds vary initial weights, data order and dropout" in others
+
+
+def test_a_failure_of_the_recipe_is_not_called_divergence(tmp_path: Path) -> None:
+    """What it raised at step 1 tells nothing of the numbers; the verdict says who raised."""
+
+    def raises(a: Assignment) -> bool:
+        return a.arm == "fp16"
+
+    trainer = FakeTrainer(
+        diverges=lambda a: raises(a) or (a.arm, a.seed) == ("bf16", 1),
+        change=lambda a: {"failure_kind": "RecipeError"} if raises(a) else {},
+    )
+
+    record = run(tmp_path, trainer)
+
+    fp16, bf16 = record.verdicts
+    assert record.arms[1].raised == (0, 1, 2)
+    assert fp16.verdict == bf16.verdict == "FAILED"
+    assert fp16.why.startswith("3 of 3 runs ended because the recipe raised, 3 of them on seeds")
+    assert bf16.why.startswith("1 of 3 runs diverged")

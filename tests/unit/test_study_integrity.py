@@ -119,9 +119,7 @@ def test_edited_results_are_noticed(tmp_path: Path) -> None:
     [{"recipe_digest": "other"}, {"plan": {"name": "other"}}],
     ids=lambda c: next(iter(c)),
 )
-def test_a_run_of_another_recipe_or_plan_is_noticed(
-    tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_a_run_of_another_recipe_or_plan_is_noticed(tmp_path: Path, change: dict[str, Any]) -> None:
     """Both are compared with what the protocol asks for."""
     run(tmp_path)
     home = RunDirectory(tmp_path / "arms" / "bf16" / "seed-1")
@@ -150,6 +148,29 @@ def test_a_precision_that_never_ran_gets_no_verdict() -> None:
 
     assert verdict.verdict == "INCONCLUSIVE"
     assert verdict.why == "bf16 was not executed: matmul in fp32, nothing in bf16"
+
+
+@pytest.mark.parametrize(
+    ("executed", "verdict"),
+    [
+        ({"elementwise": {"fp32": 4}, "loss": {"fp32": 1}, "cast": {"bf16": 1}}, "INCONCLUSIVE"),
+        ({"elementwise": {"bf16": 4, "fp32": 1}}, "EQUIVALENT"),
+        ({"matmul": {"bf16": 4}, "elementwise": {"fp32": 4}}, "EQUIVALENT"),
+        ({}, "EQUIVALENT"),
+    ],
+    ids=["nothing in bf16", "elementwise in bf16", "matmul in bf16", "not measured"],
+)
+def test_a_model_without_products_is_judged_by_what_it_has(
+    executed: dict[str, dict[str, int]], verdict: str
+) -> None:
+    """`precision_honoured` is True where nothing heavy ran; the verdict looks at what did."""
+    found = judged((10.1, 10.9, 12.0), precision_honoured=True, executed_dtypes=executed)
+
+    assert found.verdict == verdict
+    if verdict == "INCONCLUSIVE":
+        assert found.why == (
+            "bf16 was not executed: elementwise in fp32; loss in fp32, nothing in bf16"
+        )
 
 
 def test_a_precision_that_ran_in_part_keeps_its_verdict() -> None:

@@ -11,7 +11,7 @@ from narrowcast.errors import NarrowcastError
 from narrowcast.plan import plan_named
 from narrowcast.records.verify import VerifyRecord
 from narrowcast.training.train import TrainOptions
-from narrowcast.training.verify import verify_resume
+from narrowcast.training.verify import _how_they_differ, verify_resume
 
 SMALL = Path(__file__).parents[1] / "small_recipe.py"
 
@@ -50,6 +50,19 @@ def test_a_recipe_whose_state_is_in_its_modules_is_exact(tmp_path: Path) -> None
     # 4 Linear, 5 batch norm, 1 unsaved buffer; AdamW keeps three for each of 6 parameters.
     assert record.tensors >= 10 + 3 * 6
     assert record.bytes > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.complex64, torch.bool])
+def test_tensors_are_compared_bit_by_bit_whatever_their_size(dtype: torch.dtype) -> None:
+    """None, one or two elements: a difference is counted, and nothing has none in it."""
+    for size in (0, 1, 2):
+        a = torch.ones(size, dtype=dtype)
+        b = a.clone()
+        b[:1] = 0
+
+        assert _how_they_differ(a, a.clone()) == ""
+        said = f"1 of {size} elements, by 1 at most" if size else ""
+        assert _how_they_differ(a, b) == said
 
 
 @pytest.mark.slow

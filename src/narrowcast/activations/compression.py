@@ -45,7 +45,7 @@ _VALUES = _names(
     matmul mm bmm addmm addbmm baddbmm einsum mul mul_ multiply
     scaled_dot_product_attention multi_head_attention_forward
     layer_norm rms_norm group_norm instance_norm batch_norm narrow_norm
-    gelu silu sigmoid tanh softmax"""
+    square gelu silu mish glu softplus sigmoid tanh softmax"""
 )
 _SIGNS = _names("relu relu_ leaky_relu leaky_relu_")
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,11 +79,19 @@ class _Operation(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before, self.name = self.name, getattr(func, "__name__", "")
+        before, self.name = self.name, _name_of(func, args)
         try:
             return func(*args, **(kwargs or {}))
         finally:
             self.name = before
+
+
+def _name_of(func: Any, args: Any) -> str:
+    name = getattr(func, "__name__", "")
+    # The slope of x^2 is linear in x; that of other powers may be anything.
+    if name == "pow" and args and isinstance(args[-1], (int, float)) and args[-1] == 2:
+        return "square"
+    return name
 
 
 class _Region:

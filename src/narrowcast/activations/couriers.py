@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "Courier",
@@ -52,16 +53,30 @@ class SimulatedCourier:
     """Sends fake tensors, which have a size and no bytes: for predicting what a GPU will hold."""
 
     def send(self, flat: Tensor) -> Sent:
-        return _Simulated(flat.numel(), flat.device)
+        assert isinstance(flat, FakeTensor)
+        return _Simulated(flat)
 
 
 class _Simulated:
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._size = size
-        self._device = device
+    def __init__(self, flat: FakeTensor) -> None:
+        self._size = flat.numel()
+        self._device = flat.device
+        self._mode = flat.fake_mode
+        self._in_use: weakref.ref[torch.UntypedStorage] | None = None
 
     def get(self) -> Tensor:
-        return torch.empty(self._size, dtype=torch.uint8, device=self._device)
+        storage = self._in_use() if self._in_use is not None else None
+        with self._mode:
+            if storage is not None:
+                # The cache of fake operations would keep a storage among its keys alive for ever.
+                cached, self._mode.cache_enabled = self._mode.cache_enabled, False
+                try:
+                    return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+                finally:
+                    self._mode.cache_enabled = cached
+            flat = torch.empty(self._size, dtype=torch.uint8, device=self._device)
+        self._in_use = weakref.ref(flat.untyped_storage())
+        return flat
 
 
 class Transport(Protocol):

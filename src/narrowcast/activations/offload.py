@@ -105,8 +105,8 @@ class _Region:
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     """Return all of a tensor's storage as a 1-D tensor of uint8, without copying."""
-    storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.detach().as_strided((size,), (1,), 0).view(torch.uint8)
 
 
 class _Away(Packed):

@@ -18,7 +18,8 @@ the power of two below the number, and at least s / 512.
 Only what would be rounded up beyond the largest number of its dtype becomes that number.
 
 A group with an inf or a NaN is restored as NaN throughout: nothing that broke is hidden.
-Temporaries are those of a chunk: a sixteenth of the tensor, or 65,536 numbers, up to a million.
+Temporaries are those of a chunk: a sixteenth of the tensor, but at least 32,768 and at most a
+million numbers.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from torch import Tensor
 __all__ = ["GROUP", "PACKINGS", "Packing", "packed_bytes", "packed_signs", "signs"]
 
 GROUP = 128
-# Temporaries of a chunk are about 24 bytes a number: a chunk must be small beside what is packed,
+# Temporaries of a chunk are up to 17 bytes a number: a chunk must be small beside what is packed,
 # and large beside the time that a dozen kernels take to start. Multiples of the group and of 8.
 _CHUNKS = 16
-_LEAST_CHUNK, _LARGEST_CHUNK = 2**16, 2**20
+_LEAST_CHUNK, _LARGEST_CHUNK = 2**15, 2**20
 # Least scale: below it, s itself would be subnormal and may be flushed to zero on a GPU.
 _LEAST_EXPONENT = -126
 _FP16_LEAST_EXPONENT = -24  # all multiples of 2**-24 that an fp16 can reach, it holds
@@ -50,7 +51,7 @@ class Packing:
     dtype: torch.dtype
     largest: float
     round: Callable[[Tensor, torch.Generator], Tensor]
-    """Rounds fp32 numbers, at most `largest`, to the format's, held in fp32."""
+    """Rounds fp32 numbers, at most `largest`, to the format's, in place or not."""
 
     def nbytes(self, numel: int) -> int:
         """Return the bytes that hold `numel` elements: 1.0156 each in whole groups."""
@@ -64,8 +65,8 @@ class Packing:
         for part in _slices(flat.numel()):
             x = _grouped(flat[part].float())
             s = _scales(x, self.largest, least)
-            rounded = self.round((x / s).nan_to_num_(0.0), generator)
-            codes[part] = rounded.flatten()[: part.stop - part.start].to(self.dtype)
+            x = (x / s).nan_to_num_(0.0)  # not in place: x may be the activation itself
+            codes[part] = self.round(x, generator).flatten()[: part.stop - part.start]
             scales[_shrunk(part, GROUP)] = s.flatten()
         return packed
 
@@ -149,14 +150,15 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def _up(part: Tensor, generator: torch.Generator) -> Tensor:
-    """Return 1 with probability `part`, which is in [0, 1), and 0 else."""
-    return (torch.empty_like(part).uniform_(generator=generator) < part).float()
-
-
 def _to_integers(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Round up with a probability equal to the part behind the point; `t` is used up."""
     below = t.floor()
-    return below.add_(_up(t - below, generator))
+    part = t.sub_(below)
+    return below.add_(torch.empty_like(part).uniform_(generator=generator) < part)
+
+
+_EXPONENT_BITS = 0x7F800000
+_ONE_UP = 1 << 23  # added to the bits of a float, it doubles it
 
 
 def _to_e4m3(t: Tensor, generator: torch.Generator) -> Tensor:
@@ -164,9 +166,10 @@ def _to_e4m3(t: Tensor, generator: torch.Generator) -> Tensor:
 
     Rounding up to the next power of two is no case of its own: it is a multiple of the step too.
     """
-    _, exponent = torch.frexp(t)  # t = m * 2**e, m in [0.5, 1): the leading bit is 2**(e-1)
-    step = _power_of_two(exponent.clamp_(min=-5) - 4)
-    return _to_integers(t / step, generator) * step
+    # The bits of a float without sign and mantissa are those of the power of two below it.
+    power = (t.view(torch.int32) & _EXPONENT_BITS).clamp_(min=(127 - 6) * _ONE_UP)
+    step = power.sub_(3 * _ONE_UP).view(torch.float32)
+    return _to_integers(t.div_(step), generator).mul_(step)
 
 
 def _bit_weights(device: torch.device) -> Tensor:

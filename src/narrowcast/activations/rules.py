@@ -21,6 +21,7 @@ from narrowcast.activations.blocks import repeated_blocks
 from narrowcast.activations.checkpointing import Checkpoint
 from narrowcast.activations.compression import Compression
 from narrowcast.activations.forward import Lever, levered, put, take_off
+from narrowcast.activations.norm_rules import rule_of
 from narrowcast.activations.norms import NarrowNorm, narrow_norms, require_narrow
 from narrowcast.activations.offload import Offload, require_device
 from narrowcast.activations.packing import PACKINGS
@@ -93,7 +94,7 @@ def apply_rules(
     remove_rules(model)
     stream = RoundingStream(seed)
     for module, levers in placed.items():
-        put(module, tuple(_lever(name, policy, stream) for name in _ORDER if name in levers))
+        put(module, tuple(_lever(n, module, policy, stream) for n in _ORDER if n in levers))
     return Applied(
         rules=tuple(
             AppliedRule(rule=rule, modules=tuple(names[module] for module in modules))
@@ -151,14 +152,16 @@ def _stream(model: nn.Module) -> RoundingStream | None:
     return None
 
 
-def _lever(name: str, policy: Policy, stream: RoundingStream) -> Lever:
+def _lever(name: str, module: nn.Module, policy: Policy, stream: RoundingStream) -> Lever:
     match name:
         case "checkpoint":
             return Checkpoint(policy)
         case "offload":
             return Offload()
         case "narrow_norm":
-            return NarrowNorm()
+            rule = rule_of(module)
+            assert rule is not None, "narrow_norms chose a module that it does not know"
+            return NarrowNorm(rule)
         case _:
             return Compression(PACKINGS[name], stream)
 

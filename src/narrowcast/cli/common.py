@@ -33,7 +33,10 @@ RecipeArgument = Annotated[
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        "--precision", "-p", help="fp32, tf32, fp16, bf16, bf16-true, auto; Lightning's names too."
+        "--precision",
+        "-p",
+        help="fp32, tf32, fp16, bf16, bf16-true, bf16-split, lean, auto; Lightning's names; or a "
+        "plan file (*.json).",
     ),
 ]
 SetOption = Annotated[

@@ -26,6 +26,7 @@ from narrowcast.cli.common import (
     emit_json,
     split_names,
 )
+from narrowcast.cli.precision import plan_called
 from narrowcast.errors import UnknownName, UsageError
 from narrowcast.units import format_duration
 
@@ -126,13 +127,11 @@ def compare(
 
 def _plans(names: tuple[str, ...], device: torch.device, rules: str) -> list[Plan]:
     """Resolve the names that a user typed; `rules` hold for every precision that autocasts."""
-    from narrowcast.precision.device import resolve_plan
-
     if rules not in ("native", "cuda"):
         raise UnknownName.of("set of autocast rules", rules, ("native", "cuda"))
     plans: list[Plan] = []
     for name in names:
-        plan, why = resolve_plan(name, device)
+        plan, why = plan_called(name, device)
         if name == "auto" and plan.name in (p.name for p in plans):
             raise UsageError(
                 f"auto chooses {plan.name} here, which is named as well: {why}",

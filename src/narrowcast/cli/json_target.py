@@ -47,11 +47,9 @@ def _refuse_a_runs_own(target: Path) -> None:
 
     It is ours, and yet not to be replaced: the rest of that directory belongs to it.
     """
-    place = target.resolve()
-    if any(
-        place.name == name and (place.parent / companion).exists()
-        for name, companion in _KEPT_BESIDE.items()
-    ):
+    place = Path(os.path.realpath(target))
+    companion = _KEPT_BESIDE.get(place.name)
+    if companion is not None and os.path.exists(place.parent / companion):  # noqa: PTH110 -- never raises
         raise RunDirectoryError(
             f"{target} is the record that {place.parent} keeps of itself, and was left as it is",
             hint="choose another file",
@@ -83,6 +81,7 @@ def is_record(content: bytes) -> bool:
     from narrowcast.records.device import DeviceRecord
     from narrowcast.records.evaluation import EvaluationRecord
     from narrowcast.records.memory import MemoryRecord
+    from narrowcast.records.plan import PlanRecord
     from narrowcast.records.run import RunRecord
     from narrowcast.records.verify import VerifyRecord
 
@@ -93,7 +92,8 @@ def is_record(content: bytes) -> bool:
     if not isinstance(data, dict):
         return False
     kinds = (
-        ComparisonRecord, DeviceRecord, EvaluationRecord, MemoryRecord, RunRecord, VerifyRecord,
+        ComparisonRecord, DeviceRecord, EvaluationRecord, MemoryRecord, PlanRecord, RunRecord,
+        VerifyRecord,
     )  # fmt: skip
     return set(data) == {"recipes"} or any(_required(kind) <= set(data) for kind in kinds)
 

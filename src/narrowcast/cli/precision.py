@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from narrowcast.plan import Plan
     from narrowcast.policy import AutocastRules
 
-__all__ = ["KeepOption", "chosen_plan"]
+__all__ = ["KeepOption", "chosen_plan", "plan_called"]
 
 KeepOption = Annotated[
     list[str] | None,
@@ -27,6 +28,22 @@ KeepOption = Annotated[
 ]
 
 
+def plan_called(name: str, device: torch.device) -> tuple[Plan, str]:
+    """Return the plan of a precision's name, or in a plan file (``*.json``), and why it is this one.
+
+    Raises UnknownName for a name that does not exist, UsageError for a file that holds no plan,
+    UnsupportedPrecision if the device cannot compute in it.
+    """
+    from narrowcast.planning.plan_file import read_plan
+    from narrowcast.precision.device import require, resolve_plan
+
+    if not name.endswith(".json"):
+        return resolve_plan(name, device)
+    plan = read_plan(Path(name))
+    require(plan.policy, device)
+    return plan, f"as {name} says"
+
+
 def chosen_plan(
     name: str, device: torch.device, *, rules: str = "native", keep_fp32: list[str] | None = None
 ) -> Plan:
@@ -35,9 +52,7 @@ def chosen_plan(
     Raises UnknownName for a name or rules that do not exist, UnsupportedPrecision if the device
     cannot compute in it.
     """
-    from narrowcast.precision.device import resolve_plan
-
-    plan, why = resolve_plan(name, device)
+    plan, why = plan_called(name, device)
     if name == "auto":
         console().print(f"precision {plan.name}: {why}", markup=False, highlight=False)
     policy = replace(plan.policy, autocast_rules=cast("AutocastRules", rules))

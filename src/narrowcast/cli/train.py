@@ -29,6 +29,7 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
+from narrowcast.cli.plan import BudgetOption, PlanOption, planned
 from narrowcast.cli.precision import KeepOption, chosen_plan
 from narrowcast.units import format_duration
 
@@ -88,6 +89,8 @@ DeterministicOption = Annotated[
 def train(
     recipe: RecipeArgument,
     precision: PrecisionOption = "auto",
+    plan: PlanOption = None,
+    budget: BudgetOption = None,
     overrides: SetOption = None,
     steps: StepsOption = None,
     seed: SeedOption = 0,
@@ -122,13 +125,26 @@ def train(
     )
     place = device_at_hand(device)
     loaded = load_recipe(recipe, overrides or ())
-    plan = chosen_plan(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
-    stem = f"{loaded.name}-{plan.name}-seed{seed}"
+    chosen = planned(
+        recipe,
+        overrides,
+        file=plan,
+        budget=budget,
+        device=device,
+        release=clip_norm is None and accumulate == 1,
+        others={
+            "--precision": precision != "auto",
+            "--keep-fp32": bool(keep_fp32),
+            "--autocast-rules": autocast_rules != "native",
+            "--resume": resume and budget is not None,
+        },
+    ) or chosen_plan(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
+    stem = f"{loaded.name}-{chosen.name}-seed{seed}"
     directory = output or _default_directory(stem, resume=resume)
     with watching() as watch:
         record = run(
             loaded,
-            plan,
+            chosen,
             options,
             directory,
             device=place,

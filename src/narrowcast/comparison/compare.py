@@ -22,7 +22,7 @@ from narrowcast.precision.device import environment, require
 from narrowcast.recipes.load import Recipe, load_again, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.records.comparison import ComparisonRecord, Protocol
-from narrowcast.records.run import RunRecord
+from narrowcast.records.run import OptionValue, RunRecord
 from narrowcast.training.assembly import TrainOptions, data_digest
 from narrowcast.training.checkpoint import checkpoints_in
 from narrowcast.training.events import Event
@@ -98,12 +98,7 @@ def plan_comparison(
         confidence=CONFIDENCE,
         device=str(device),
         plans={arm.name: to_json(arm) for arm in arms},
-        training={
-            "batch_size": recipe.batch_size,
-            "optimizer": recipe.optimizer_choice[0],
-            "data": _data(recipe, drawn[0]),
-            "deterministic": deterministic,
-        },
+        training=_training(recipe, drawn[0], deterministic=deterministic),
         recipe_digest=recipe.source_hash,
     )
     return PlannedComparison(
@@ -113,6 +108,15 @@ def plan_comparison(
         device=device,
         notes=notes,
     )
+
+
+def _training(recipe: Recipe, seed: int, *, deterministic: bool) -> dict[str, OptionValue]:
+    return {
+        "batch_size": recipe.batch_size,
+        "optimizer": recipe.optimizer_choice[0],
+        "data": _data(recipe, seed),
+        "deterministic": deterministic,
+    }
 
 
 def default_directory(planned: PlannedComparison, root: Path = Path("runs")) -> Path:

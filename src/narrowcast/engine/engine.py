@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from narrowcast.activations.rules import load_rounding_state, rounding_state
 from narrowcast.engine import gradients
+from narrowcast.engine.evaluation import evaluation, evaluation_in_fp32
 from narrowcast.engine.lanes import Lane, StepReport
 from narrowcast.engine.levers import apply_levers
 from narrowcast.engine.losses import Seeds, unusable_loss
@@ -44,24 +45,21 @@ from narrowcast.engine.parts import (
     choose_device,
     choose_plan_for,
     claim,
+    follow_weights,
     require_keys,
     require_numbers,
+    require_prepared,
     require_same_plan,
     require_unclaimed,
+    weight_formats,
 )
-from narrowcast.engine.stores import Masters, require_stores
+from narrowcast.engine.stores import Masters, fit_stores
 from narrowcast.engine.surroundings import Surroundings
 from narrowcast.errors import UnknownName, UsageError
 from narrowcast.optim.release import require_compatible
 from narrowcast.plan import Plan
-from narrowcast.policy import POLICIES, Policy
-from narrowcast.precision.cast import (
-    backward_context,
-    forward_context,
-    full_precision,
-    numeric_settings,
-    prepare_model,
-)
+from narrowcast.policy import Policy
+from narrowcast.precision.cast import backward_context, forward_context, prepare_model
 from narrowcast.records.codec import from_json, to_json
 from narrowcast.records.run import SkippedStep
 from narrowcast.scaling.skips import SkipLimit, SkipRow, stuck_error
@@ -85,7 +83,8 @@ class _Forward:
         if self._engine._inside is not None:
             raise self._engine._refusal("engine.forward()", self._engine._inside)
         self._engine._inside = "engine.forward()"
-        self._engine._has_forwarded = True
+        for lane in self._engine._lanes.values():
+            lane.has_forwarded = True
         self._surroundings.__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -135,16 +134,21 @@ class Engine:
         self._limit = max_consecutive_skips
         self._skips: list[SkippedStep] = []
         self._inside: str | None = None
-        self._has_forwarded = False
         self._seeds = Seeds()
         optimizers = optimizer if isinstance(optimizer, Mapping) else {ONLY: optimizer}
-        require_stores(model, self.plan, optimizers)
+        fit_stores(model, self.plan, optimizers)
         if self.plan.gradients == "release":
             require_compatible(
                 accumulate=self._accumulate, clip_norm=clip_norm, is_loss_scaled=scale is not None
             )
         self._masters = Masters(optimizers.values())
-        prepare_model(model, self.policy, self.device)
+        before = weight_formats(optimizers.values())
+        self.restored: list[str] = []
+        """Weights and buffers that the model itself wrote in an evaluation in fp32; see there."""
+        self.notes = (
+            *prepare_model(model, self.policy, self.device),
+            *follow_weights(optimizers, before),
+        )
         self.levers = apply_levers(model, self.plan)
         self._lanes = build_lanes(
             model,
@@ -185,13 +189,8 @@ class Engine:
             raise self._refusal("engine.backward", self._inside or "autocast")
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise unusable_loss(loss)
-        if not self._has_forwarded:
-            raise UsageError(
-                "engine.backward(loss), but engine.forward() was never entered: the loss was not "
-                f"computed under policy {self.policy.name!r}",
-                hint="with engine.forward(): loss = loss_function(model(inputs), targets)",
-            )
         lane, source = self._route(name, optimizer)
+        lane.require_ready(self.policy.name)
         scale = lane.scale_of(source)
         if lane.source != source:
             lane.take_over(source, scale)
@@ -236,6 +235,7 @@ class Engine:
                 report = lane.close(self._accumulate, self._clip_norm)
         finally:
             lane.discard()
+            lane.has_forwarded = False
         return report if report.applied else self._record(lane, report)
 
     def zero_grad(self, name: str | None = None) -> None:
@@ -254,26 +254,25 @@ class Engine:
 
         In full precision from the stored weights, with autocast and TF32 off, or under the
         policy's own forward context. Yields the label for the figures: 'fp32' or the policy's name.
+        What the model's own forward pass writes in fp32 ends with it, and is named in `restored`.
         """
         if precision not in ("fp32", "training"):
             raise UnknownName.of("evaluation precision", precision, ("fp32", "training"))
         target = self.model if model is None else model
+        if precision == "training":
+            require_prepared(target, self.model, self.policy)
         if self._inside is not None:
             raise self._refusal("engine.evaluating()", self._inside)
         self._inside = "engine.evaluating()"
-        training = [module for module in target.modules() if module.training]
         try:
-            target.eval()
-            with torch.no_grad():
-                if precision == "fp32":
-                    with numeric_settings(POLICIES["fp32"]), full_precision(target, self._masters.widen):
-                        yield "fp32"
-                else:
-                    with self._around_forward:
-                        yield self.policy.name
+            if precision == "fp32":
+                with evaluation_in_fp32(target, self._masters.widen) as rewritten:
+                    yield "fp32"
+                self.restored += [name for name in rewritten if name not in self.restored]
+            else:
+                with evaluation(target, self._around_forward):
+                    yield self.policy.name
         finally:
-            for module in training:
-                module.training = True
             self._inside = None
 
     @property

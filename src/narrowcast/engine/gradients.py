@@ -18,6 +18,7 @@ from narrowcast.errors import UsageError
 __all__ = [
     "LARGEST_SURE_NORM",
     "WideSums",
+    "Witness",
     "all_finite",
     "clip",
     "collect",
@@ -154,6 +155,34 @@ def clip(gradients: list[Tensor], norms: tuple[Tensor, ...], limit: float) -> No
     """
     coefficient = torch.clamp(limit / (_total(norms) + _CLIP_EPSILON), max=1.0)
     torch._foreach_mul_(gradients, coefficient)
+
+
+class Witness:
+    """A parameter that has a gradient: when it has none any more, somebody dropped them.
+
+    Gradients that `WideSums` took are safe from that, and are not witnesses.
+    """
+
+    def __init__(self) -> None:
+        self._parameter: Tensor | None = None
+
+    def choose(self, optimizer: Optimizer) -> None:
+        """Take the first parameter with a gradient, unless there is a witness."""
+        if self._parameter is None:
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            self._parameter = next((p for p in held if p.grad is not None), None)
+
+    def misses(self, optimizer: Optimizer) -> bool:
+        """Whether all gradients are gone; of one alone somebody may have chosen to be rid."""
+        if self._parameter is None or self._parameter.grad is not None:
+            return False
+        self._parameter = None
+        self.choose(optimizer)
+        return self._parameter is None
+
+    def dismiss(self) -> None:
+        """Forget the witness: the gradients may go."""
+        self._parameter = None
 
 
 class WideSums:

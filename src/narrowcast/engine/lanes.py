@@ -129,6 +129,9 @@ class Lane:
         self.backwards = 0
         """Backward passes since the last micro-batch was closed."""
         self.micro_batches = 0
+        self.has_forwarded = False
+        """Whether a forward pass was begun since the last complete step."""
+        self._witness = gradients.Witness()
         self._first_scale = first_scale
         self._norm_dtype = gradients.norm_dtype(optimizer)
         self._sums = None if wide_sums is None else gradients.WideSums(wide_sums)
@@ -154,6 +157,26 @@ class Lane:
             )
         return found
 
+    def require_ready(self, policy: str) -> None:
+        """Raise UsageError unless a forward pass came before, and what is pending is there."""
+        if not self.has_forwarded:
+            raise UsageError(
+                "engine.backward(loss), but engine.forward() was never entered for this step: the "
+                f"loss was not computed under policy {policy!r}",
+                hint="with engine.forward(): loss = loss_function(model(inputs), targets)",
+            )
+        self._require_kept()
+
+    def _require_kept(self) -> None:
+        """Raise UsageError if somebody dropped what is pending."""
+        if self._witness.misses(self.optimizer):
+            raise UsageError(
+                f"the gradients pending in optimizer {self.name!r} were dropped: "
+                f"{max(self.micro_batches, 1)} of the micro-batches of this step would be lost",
+                hint="remove optimizer.zero_grad() from the loop, as engine.step() drops gradients "
+                "when they are used up; engine.zero_grad() drops a step on purpose",
+            )
+
     def take_over(self, source: str, scale: float) -> None:
         """Make the pending gradients ready for those of another loss: same scale, checked before.
 
@@ -178,9 +201,11 @@ class Lane:
         self.backwards += 1
         if self._sums is not None:
             self._sums.add(self.optimizer)
+        self._witness.choose(self.optimizer)
 
     def close(self, accumulate: int, clip_norm: float | None) -> StepReport:
         """Unscale, check, clip and step; or skip. `discard` comes next in either case."""
+        self._require_kept()
         pending = self._pending()
         if self._release is not None and self._release.arrived:
             return self._close_released(self._release, pending)
@@ -311,6 +336,7 @@ class Lane:
             self._sums.discard()
         if self._release is not None and self._release.arrived:
             self._release.end()
+        self._witness.dismiss()
         self.source = None
         self._guard.is_armed = False
         self._losses.clear()

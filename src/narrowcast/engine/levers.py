@@ -33,6 +33,10 @@ class Levers:
     chunked: ChunkedLogits | None = None
     notes: tuple[str, ...] = ()
 
+    def widened_products(self) -> int:
+        """Count the products of 16-bit factors that the chunked loss has made in fp32 so far."""
+        return 0 if self.chunked is None else self.chunked.widened_products
+
     def without_effect(self) -> tuple[str, ...]:
         """Say which levers did nothing in the steps so far, and why that is; after a step."""
         return tuple(self._without_effect())

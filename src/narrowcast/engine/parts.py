@@ -10,7 +10,7 @@ import gc
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from narrowcast.engine.lanes import Followers, Lane
 from narrowcast.errors import CheckpointError, UnknownName, UsageError
 from narrowcast.plan import PLANS, Plan
 from narrowcast.policy import Policy
-from narrowcast.precision.cast import torch_dtype
+from narrowcast.precision.cast import format_name, torch_dtype
 from narrowcast.precision.device import device_at_hand, require, resolve_plan
 from narrowcast.records.codec import to_json
 from narrowcast.scaling.scales import DynamicScale, LossScale, NoScale, StaticScale
@@ -34,10 +34,13 @@ __all__ = [
     "choose_device",
     "choose_plan_for",
     "claim",
+    "follow_weights",
     "require_keys",
     "require_numbers",
+    "require_prepared",
     "require_same_plan",
     "require_unclaimed",
+    "weight_formats",
 ]
 
 ONLY = "optimizer"
@@ -130,6 +133,55 @@ def choose_plan_for(device: torch.device, asked: Plan | Policy | str) -> tuple[P
     plan = asked if isinstance(asked, Plan) else Plan(name=asked.name, policy=asked)
     require(plan.policy, device)
     return plan, "as asked"
+
+
+def require_prepared(model: nn.Module, trained: nn.Module, policy: Policy) -> None:
+    """Raise UsageError for a copy that would not compute as the model that is trained does.
+
+    Autocast works on any model; a policy with 16-bit weights only on one that has them.
+    """
+    param = torch_dtype(policy.param)
+    formats, own = ({p.dtype for p in m.parameters()} for m in (model, trained))
+    if not policy.keeps_master and param in own and param not in formats:
+        raise UsageError(
+            f"policy {policy.name!r} stores weights in {policy.param}, and this model has none: it "
+            "was copied before the engine prepared the trained one, and would compute in "
+            f"{', '.join(sorted(map(format_name, formats)))}",
+            hint='evaluate it in full precision, engine.evaluating("fp32", model=...), or build '
+            "the average from the model after the engine",
+        )
+
+
+Formats = dict[int, tuple[torch.dtype, torch.device]]
+
+
+def weight_formats(optimizers: Iterable[Optimizer]) -> Formats:
+    """Return dtype and device of every optimizer's parameters, by their id."""
+    groups = (g for each in optimizers if isinstance(each, Optimizer) for g in each.param_groups)
+    return {id(p): (p.dtype, p.device) for group in groups for p in group["params"]}
+
+
+def follow_weights(optimizers: Mapping[str, Optimizer], before: Formats) -> tuple[str, ...]:
+    """Cast and move the states of optimizers whose weights were; returns what is to be said of it.
+
+    The rules are those by which torch loads a saved state. Only torch's own optimizers are known to
+    keep them; what others hold is left to them.
+    """
+    notes = []
+    for name, optimizer in optimizers.items():
+        after = weight_formats([optimizer])
+        changed = any(before[key] != now for key, now in after.items())
+        if not changed or not _is_torchs_own(optimizer) or not optimizer.state:
+            continue
+        optimizer.load_state_dict(optimizer.state_dict())
+        if narrow := {now[0] for key, now in after.items() if now[0] is not before[key][0]}:
+            formats = ", ".join(sorted(map(format_name, narrow)))
+            notes.append(f"the state that {name!r} brought was cast to {formats} with its weights")
+    return tuple(notes)
+
+
+def _is_torchs_own(optimizer: Optimizer) -> bool:
+    return type(optimizer).step.__module__.startswith("torch.optim.")
 
 
 def build_lanes(

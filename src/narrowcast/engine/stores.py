@@ -20,7 +20,7 @@ from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.plan import OWN, Plan
 from narrowcast.precision.cast import kept_parameters
 
-__all__ = ["Masters", "planned_optimizer", "require_stores"]
+__all__ = ["Masters", "fit_stores", "planned_optimizer"]
 
 
 class Masters:
@@ -87,10 +87,15 @@ def planned_optimizer(optimizer: Optimizer, model: nn.Module, plan: Plan) -> Opt
     )
 
 
-def require_stores(model: nn.Module, plan: Plan, optimizers: Mapping[str, Optimizer]) -> None:
-    """Raise UsageError unless the optimizers' stores are those of the plan, and fit its policy."""
+def fit_stores(model: nn.Module, plan: Plan, optimizers: Mapping[str, Optimizer]) -> None:
+    """See that the optimizers' stores are those of the plan, and fit its policy.
+
+    Parameters of fp32 islands and batch norms move into the fp32 store, which is exact. Raises
+    UsageError for every other difference.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    islands = {id(parameter) for parameter in kept_parameters(model, plan.policy)}
+    kept_fp32 = kept_parameters(model, plan.policy)
+    islands = {id(parameter) for parameter in kept_fp32}
     for optimizer in optimizers.values():
         if not isinstance(optimizer, NarrowOptimizer):
             if plan.weights != OWN:
@@ -101,17 +106,18 @@ def require_stores(model: nn.Module, plan: Plan, optimizers: Mapping[str, Optimi
                     f"weights={plan.weights!r}, states={plan.states!r}); SGD and Lion likewise",
                 )
             continue
+        optimizer.keep_fp32(kept_fp32)
         for parameter, weights, states in _stored(optimizer):
             name = names.get(id(parameter), "a parameter of another module")
             kept = id(parameter) in islands
-            _require_format(plan, name, weights, kept=kept)
+            _require_format(plan, name, weights, wanted="fp32" if kept else plan.policy.param)
             asked = "fp32" if kept else plan.weights
             if plan.weights != OWN and (weights, states) != (asked, plan.states):
                 raise UsageError(
                     f"precision {plan.name!r} keeps {name} as {asked} with {plan.states} states, "
                     f"and the optimizer keeps it as {weights} with {states}",
                     hint="build the optimizer with the plan's stores: weights=plan.weights, "
-                    "states=plan.states; weights of fp32 islands in a group with weights='fp32'",
+                    "states=plan.states",
                 )
 
 
@@ -122,14 +128,13 @@ def _stored(optimizer: NarrowOptimizer) -> Iterator[tuple[Tensor, str, str]]:
         yield parameter, held.weights, optimizer.param_groups[held.group]["states"]
 
 
-def _require_format(plan: Plan, name: str, weights: str, *, kept: bool) -> None:
-    wanted = "fp32" if kept else plan.policy.param
+def _require_format(plan: Plan, name: str, weights: str, *, wanted: str) -> None:
     held = "fp32" if weights == "fp32" else "bf16"
     if held != wanted:
-        where = "the fp32 island that holds it" if kept else f"policy {plan.policy.name!r}"
         raise UsageError(
-            f"the optimizer stores {name} as {weights} ({held}), and {where} keeps it in {wanted}",
-            hint="put it into a parameter group with weights='fp32'"
+            f"the optimizer stores {name} as {weights} ({held}), and policy {plan.policy.name!r} "
+            f"keeps it in {wanted}",
+            hint="choose a precision with bf16 weights, such as bf16-split"
             if wanted == "fp32"
-            else "choose a precision with fp32 weights, or weights='split16'",
+            else "build the optimizer with weights='split16', or choose a precision with fp32 ones",
         )

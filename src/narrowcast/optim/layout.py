@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "flat_range", "layout_of", "scatter"]
+__all__ = ["Layout", "flat_range", "is_dense", "layout_of", "scatter"]
 
 Layout = tuple[int, ...]
 """Dimensions of more than one element from the outermost to the innermost; () for row-major."""
@@ -34,6 +34,11 @@ def _in_order(tensor: Tensor, layout: Layout) -> Tensor:
         return tensor
     rest = [d for d in range(tensor.dim()) if d not in layout]  # of size one
     return tensor.permute(*layout, *rest)
+
+
+def is_dense(tensor: Tensor, layout: Layout) -> bool:
+    """Whether storage runs through the tensor in the order of the layout, without holes."""
+    return _in_order(tensor, layout).is_contiguous()
 
 
 def flat_range(tensor: Tensor, layout: Layout, start: int, stop: int) -> tuple[Tensor, bool]:

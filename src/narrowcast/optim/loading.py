@@ -9,6 +9,7 @@ Anything else would round. `rounding=True` (``convert.rounded_state``) does that
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ def adapted(
     loaded = dict(state.get("state", {}))
     if loaded.pop(_SHIELD, None) is None:
         return state
-    result: dict[Any, Any] = {}
+    result: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for group, saved_group in zip(groups, state["param_groups"], strict=True):
         moments = rule.moments({**group, **saved_group})
         for position, parameter in enumerate(group["params"]):
@@ -211,7 +212,7 @@ def _absorb(parameter: Tensor, saved: Tensor, pair: Pair) -> None:
     pair.saved_weights.write(parameter.detach(), again, remainder, None)
     if not torch.equal(remainder, saved):
         raise UsageError(
-            f"the state holds remainders of bf16 weights (weights={pair.saved_weights.name!r}), and "
+            f"the state holds remainders of bf16 (weights={pair.saved_weights.name!r}), and "
             "the fp32 weights at hand are not those bf16 weights",
             hint="load the model saved with the state first, or call convert.rounded_state, which "
             "drops the remainders",
@@ -251,12 +252,10 @@ def _moment(
     rounding: bool,
 ) -> dict[str, Tensor]:
     made = states.zeros(parameter, moment)
-    kept = made.keys() == parts.keys() and (
-        source.name == states.name
-        # What torch's own optimizers keep for bf16 parameters is bf16 without being called so.
-        or all(made[key].dtype == part.dtype for key, part in parts.items() if source is FP32)
-    )
-    if kept:
+    # torch's own optimizers keep bf16 states for bf16 parameters without calling them so.
+    is_plain = isinstance(source, Plain) and isinstance(states, Plain)
+    is_alike = is_plain and all(made[key].dtype == part.dtype for key, part in parts.items())
+    if source.name == states.name or is_alike:
         for key, part in parts.items():
             made[key].copy_(part)
         return made

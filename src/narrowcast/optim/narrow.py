@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from narrowcast.errors import UsageError
-from narrowcast.optim.dispatch import advance, can_defer
+from narrowcast.optim.dispatch import Kind, advance, can_defer, repeat
 from narrowcast.optim.layout import Layout, layout_of
-from narrowcast.optim.loading import LAYOUT, STEP, adapted, shield, store_of
+from narrowcast.optim.loading import KEEP_FP32, LAYOUT, STEP, adapted, shield, store_of
 from narrowcast.optim.masters import read_master, write_master
 from narrowcast.optim.rule import Rule
 from narrowcast.optim.states import Blocks, Moment, StateStore, fitted, state_store
@@ -60,10 +60,47 @@ class Held:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A step that can be repeated while groups, stores and parameters are what they were."""
+
+    kinds: list[Kind]
+    shapes: list[tuple[Any, ...]]
+    idle: list[Tensor]
+    """Parameters without a gradient."""
+
+    @classmethod
+    def of(cls, groups: list[dict[str, Any]], kinds: list[Kind]) -> _Plan:
+        idle = [p for group in groups for p in group["params"] if p.grad is None]
+        return cls(kinds, [_shape(group) for group in groups], idle)
+
+    def holds(self, groups: list[dict[str, Any]]) -> bool:
+        return self.shapes == [_shape(group) for group in groups] and all(
+            parameter.grad is None for parameter in self.idle
+        )
+
+
+def _shape(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what of a group decides how its parameters are stored and which they are."""
+    moments = group.get("momentum", 0) != 0
+    return id(group["params"]), len(group["params"]), group["weights"], group["states"], moments
+
+
+def _require_no_capture() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UsageError(
+            "a step is being captured into a CUDA graph: its numbers, which change every time, "
+            "would be frozen",
+            hint="capture forward and backward, and step outside of the graph",
+        )
+
+
 class NarrowOptimizer(Optimizer):
     """An update rule on a weight store and a state store. The rule is the subclass's."""
 
     rule: ClassVar[Rule]
+    _plan: _Plan | None = None
+    """What the last step left to repeat; not part of a copy."""
 
     def __init__(
         self,
@@ -112,8 +149,19 @@ class NarrowOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.step_parameters(p for group in self.param_groups for p in group["params"])
+        self._step_all()
         return loss
+
+    @torch.no_grad()
+    def _step_all(self) -> None:
+        """Step every parameter that has a gradient; repeats the last step by kernels if it can."""
+        _require_no_capture()
+        plan = self._plan
+        if plan is not None and plan.holds(self.param_groups) and repeat(self.rule, plan.kinds):
+            return
+        owned = [p for group in self.param_groups for p in group["params"]]
+        kinds = advance(self.rule, list(self._items({p for p in owned if p.grad is not None})))
+        self._plan = None if kinds is None else _Plan.of(self.param_groups, kinds)
 
     @torch.no_grad()
     def step_parameters(
@@ -124,12 +172,7 @@ class NarrowOptimizer(Optimizer):
         `if_finite`, a bool of shape () on the device, decides there whether anything changes; only
         where `defers` says so. The step is counted either way: see `uncount_step`.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise UsageError(
-                "a step is being captured into a CUDA graph: its numbers, which change every time, "
-                "would be frozen",
-                hint="capture forward and backward, and step outside of the graph",
-            )
+        _require_no_capture()
         chosen = {p for p in parameters if p.grad is not None}
         advance(self.rule, list(self._items(chosen)), if_finite)
 
@@ -168,7 +211,8 @@ class NarrowOptimizer(Optimizer):
                         seed=group["seed"],
                         step=step,
                     )
-                yield Item(parameter.detach(), gradient, state, known[key], layout, ordinal)
+                numbers = known[key]
+                yield Item(parameter, gradient, state, group, numbers, layout, ordinal)
 
     def master(self, parameter: Tensor) -> Tensor:
         """Return the fp32 number that each element stands for, in the parameter's shape.
@@ -190,6 +234,17 @@ class NarrowOptimizer(Optimizer):
             )
         value = value.detach().to(parameter.device)
         write_master(store, value, parameter.detach(), self._remainder(parameter))
+
+    @torch.no_grad()
+    def keep_fp32(self, parameters: Iterable[Tensor]) -> None:
+        """Move parameters into the fp32 store, in place and exactly; their states stay."""
+        chosen = set(parameters)
+        for group in self.param_groups:
+            for position, parameter in enumerate(group["params"]):
+                if parameter in chosen and parameter.dtype is not torch.float32:
+                    parameter.data = self.master(parameter)
+                    self.state[parameter].pop(REMAINDER, None)
+                    group[KEEP_FP32] = (*group.get(KEEP_FP32, ()), position)
 
     def nbytes(self) -> int:
         """Return the bytes held now by weights, remainders and states.
@@ -232,6 +287,7 @@ class NarrowOptimizer(Optimizer):
         """Take over a loaded or an unpickled state."""
         before = self.__dict__.get("state", {})
         groups = self.__dict__.get("param_groups", [])
+        self._plan = None
         super().__setstate__(adapted(self.rule, groups, before, state))
 
     def _remainder(self, parameter: Tensor) -> Tensor | None:
@@ -291,7 +347,7 @@ def _gradient(parameter: Tensor) -> Tensor:
             f"{gradient.layout}".replace("torch.", ""),
             hint="build the embedding with sparse=False",
         )
-    return gradient.detach()
+    return gradient
 
 
 def _prepare(

@@ -58,8 +58,8 @@ class GradientRelease:
     """Steps an optimizer's parameters during backward, from construction until `detach`.
 
     ``optimizer.step()`` ends the iteration, as ever: it steps what was not released (parameters
-    that were frozen at construction, or added later), and calls hooks. A gradient that is not finite
-    never reaches a weight: its parameter is not stepped, and `skipped` lists it afterwards.
+    that were frozen at construction, or added later), and calls hooks. A gradient that is not
+    finite never reaches a weight: its parameter is not stepped, and `skipped` lists it afterwards.
     """
 
     def __init__(self, optimizer: NarrowOptimizer) -> None:

@@ -8,8 +8,9 @@ operations work on the tensors themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,18 @@ class Numbers:
     seed: int
     step: int
 
+    def next(self, rule: Rule, group: Mapping[str, Any]) -> Numbers:
+        """Return the numbers of the step after this one."""
+        step = self.step + 1
+        coefficients = rule.coefficients(group, step, is_fresh=False)
+        return replace(
+            self,
+            coefficients=coefficients,
+            maximize=group["maximize"],
+            seed=group["seed"],
+            step=step,
+        )
+
 
 @dataclass(slots=True)
 class Item:
@@ -45,7 +58,8 @@ class Item:
 
     parameter: Tensor
     gradient: Tensor
-    state: dict[str, Tensor]
+    state: dict[str, Any]
+    group: dict[str, Any]
     numbers: Numbers
     layout: Layout
     ordinal: int
@@ -69,11 +83,11 @@ class _Part:
 
 def update(rule: Rule, items: Sequence[Item]) -> None:
     """Take one step of `rule` with every item, in place."""
-    small: dict[tuple[Numbers, torch.dtype, torch.device], list[Item]] = {}
+    small: dict[tuple[int, torch.dtype, torch.device], list[Item]] = {}
     for item in items:
         numel = item.parameter.numel()
         if 0 < numel < SMALL:
-            key = item.numbers, item.gradient.dtype, item.parameter.device
+            key = id(item.numbers), item.gradient.dtype, item.parameter.device
             small.setdefault(key, []).append(item)
         else:
             for start in range(0, numel, CHUNK):

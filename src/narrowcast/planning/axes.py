@@ -13,7 +13,7 @@ from dataclasses import replace
 from narrowcast.plan import AUTO_BLOCKS, OWN, PLANS, ActivationRule, Plan
 from narrowcast.records.plan import AxisEffect
 
-__all__ = ["effects_of", "is_exact", "loss_of", "named", "short"]
+__all__ = ["anonymous", "effects_of", "is_exact", "loss_of", "named", "short"]
 
 # The order in which lossy choices of one axis are preferred, and what is said of each.
 _COMPUTE = {
@@ -36,7 +36,10 @@ _STATES = {
     "int4": (3, "keeps the optimizer's moments as 4-bit codes, block by block"),
 }
 _LEVERS = {
-    "checkpoint": (0, "computes blocks a second time in backward instead of keeping what is inside"),
+    "checkpoint": (
+        0,
+        "computes blocks again in backward instead of keeping what is inside",
+    ),
     "offload": (0, "keeps what backward needs in the host's memory"),
     "int8": (2, "keeps what backward needs as 8-bit codes"),
     "e4m3": (3, "keeps what backward needs in 8-bit floats"),
@@ -55,7 +58,7 @@ def is_exact(plan: Plan, *, batch_norm: bool) -> bool:
 
 
 def loss_of(plan: Plan, *, batch_norm: bool) -> int:
-    """Return how lossy a plan is, for ranking alone: the sum over its choices, 0 if all are exact."""
+    """Return how lossy a plan is, for ranking alone: the sum over its choices; 0 is exact."""
     return sum(loss for _, loss in _effects(plan, batch_norm=batch_norm))
 
 
@@ -64,7 +67,8 @@ def _effects(plan: Plan, *, batch_norm: bool) -> Iterator[tuple[AxisEffect, int]
     narrow = policy.param == policy.compute != "fp32"
     loss, says = _BF16_WEIGHTS if narrow else _COMPUTE[policy.compute]
     if loss:
-        yield _effect("precision", f"{policy.compute} weights" if narrow else policy.name, loss, says)
+        choice = f"{policy.compute} weights" if narrow else f"{policy.compute} autocast"
+        yield _effect("precision", choice, loss, says)
     if plan.weights not in (OWN, "fp32"):
         yield _effect("weights", plan.weights, *_WEIGHTS[plan.weights])
     elif narrow:
@@ -103,15 +107,20 @@ def _rules(plan: Plan) -> dict[str, str]:
 
 
 def named(plan: Plan) -> Plan:
-    """Return the plan under the name of a known one that is equal to it, or one made of its choices.
+    """Return the plan under the name of a known one that equals it, or one made of its choices.
 
     The policy takes the plan's name, by which evaluations in the training precision are told.
     """
     for known in PLANS.values():
-        if replace(known, name=plan.name, policy=replace(known.policy, name=plan.policy.name)) == plan:
+        if anonymous(known) == anonymous(plan):
             return known
     name = short(plan)
     return replace(plan, name=name, policy=replace(plan.policy, name=name))
+
+
+def anonymous(plan: Plan) -> Plan:
+    """Return the plan without its name, which changes neither a byte nor a second."""
+    return replace(plan, name="", policy=replace(plan.policy, name=""))
 
 
 def short(plan: Plan) -> str:

@@ -1,15 +1,19 @@
 """The peak of any plan from a few traced steps.
 
-Forward and backward do not know what the optimizer holds: weights' remainders and moments lie there
-from the step's beginning to its end. So one trace of a computation, with the recipe's own optimizer,
-tells the peak with any stores:
+Forward and backward do not know what the optimizer holds: remainders and moments lie there from the
+step's beginning to its end. So one trace of a computation, with the recipe's own optimizer, tells
+the peak with any stores:
 
     peak = max(forward and backward without states  +  bytes of these stores,
                the optimizer's step)
 
+A batch in many parts is traced as two parts of that size, since all but the first are alike; of the
+inputs the whole batch is counted.
+
 What the step itself needs beside them is at most fourteen ranges of its tensors (``optim.step``).
-Where that bound stays below the other phases, the sum is the prediction of the plan itself, to the
-byte; where it does not, and for GPUs, whose allocator rounds, the plan is traced.
+Where that bound does not stay below the other phases, the step of these stores is traced, once.
+For GPUs, whose allocator rounds, and where gradients are released in the midst of backward, each
+plan is traced for itself.
 """
 
 from __future__ import annotations
@@ -20,15 +24,18 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
+from narrowcast.data import batch_len
 from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import RecipeError
+from narrowcast.memory.storages import tensors_in
 from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.states import fitted, state_store
 from narrowcast.optim.step import CHUNK
 from narrowcast.optim.weights import weight_store
 from narrowcast.plan import OWN, Plan
-from narrowcast.planning.axes import short
+from narrowcast.planning.axes import anonymous, short
 from narrowcast.prediction.predict import predict_memory
 from narrowcast.prediction.trace import Stage
 from narrowcast.recipes.load import Recipe
@@ -38,6 +45,10 @@ __all__ = ["Need", "Peaks", "model_without_contents", "with_data_at_hand"]
 
 # optim.step.CHUNK: a step has at most fourteen fp32 ranges of this many elements alive.
 _STEP_BYTES = 14 * 4 * CHUNK
+_CLOSE = 1.05
+"""A bound within this of what is sure is taken as it is: too much, never too little."""
+_LOSS_BYTES = 4
+"""Of each micro-batch its loss stays until the step: one fp32 number."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +72,18 @@ class _Phases:
 class Peaks:
     """Predicts for one recipe and device; every trace is made once."""
 
-    def __init__(self, recipe: Recipe, target: str, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, recipe: Recipe, target: str, batch: Any, *, say: Callable[[str], None]
+    ) -> None:
+        self.batch_size = batch_len(batch)
+        self._batch_bytes = sum(tensor.nbytes for tensor in tensors_in(batch))
         self._recipe = recipe
         self._target = target
         self._say = say
         self._records: dict[Plan, MemoryRecord] = {}
         self._phases: dict[Plan, _Phases] = {}
         self._held: dict[tuple[object, ...], int] = {}
+        self._steps: dict[tuple[object, ...], int] = {}
         self._largest = 0
 
     @property
@@ -81,12 +97,14 @@ class Peaks:
 
     def need(self, plan: Plan) -> Need:
         """Return the predicted peak of a plan; for a GPU what is reserved, and the margin."""
-        composes = self._target == "cpu" and plan.gradients == "keep" and plan.weights != OWN
-        if composes and not self._is_traced(plan):
-            held, phases = self._bytes_held(plan), self._phases_of(plan)
-            if phases.stepping + _STEP_BYTES <= phases.computing:
-                return Need(phases.computing + held, traced=False)
-        return Need(_required(self._record(plan)), traced=True)
+        if self._target != "cpu" or plan.gradients == "release" or plan.weights == OWN:
+            return Need(self._required(plan), traced=True)
+        held, phases = self.bytes_held(plan), self._phases_of(plan)
+        least = max(phases.computing, phases.stepping) + held
+        most = max(phases.computing, phases.stepping + _STEP_BYTES) + held
+        if most <= _CLOSE * least:
+            return Need(most, traced=False)
+        return Need(max(phases.computing + held, self._stepping(plan)), traced=False)
 
     def guess(self, plan: Plan, parts: tuple[int, ...]) -> int:
         """Return about what a plan takes, from traces of the whole batch and of its least part.
@@ -95,50 +113,112 @@ class Peaks:
         of micro-batches that there are, ascending.
         """
         if self._is_traced(plan):
-            return _required(self._record(plan))
-        held = self._bytes_held(plan)
+            return self._required(plan)
+        held = self.bytes_held(plan)
         whole = self._phases_of(replace(plan, micro_batches=1))
-        computing = whole.releasing if plan.gradients == "release" else whole.computing
+        if plan.gradients == "release":
+            return whole.releasing + held
+        computing, stepping = whole.computing, whole.stepping
         if plan.micro_batches > 1:
-            least = self._phases_of(replace(plan, micro_batches=parts[-1])).computing
+            least = self._phases_of(replace(plan, micro_batches=parts[-1]))
             share = (1 / plan.micro_batches - 1 / parts[-1]) / (1 - 1 / parts[-1])
-            computing = round(least + share * (computing - least))
-        return max(computing, whole.stepping if plan.gradients == "keep" else 0) + held
+            computing = round(least.computing + share * (computing - least.computing))
+            stepping = least.stepping
+        if plan.weights != OWN and stepping + _STEP_BYTES > _CLOSE * computing:
+            stepping = max(stepping, self._alike(plan))
+        return max(computing, stepping) + held
+
+    def _required(self, plan: Plan) -> int:
+        record = self._record(plan)
+        peak = record.total_peak_bytes if record.reserved_bytes is None else record.reserved_bytes
+        return peak + (record.margin_bytes or 0) + self._left_out(plan)
 
     def _phases_of(self, plan: Plan) -> _Phases:
         """Trace what a plan computes with the recipe's own optimizer."""
-        bare = _anonymous(replace(plan, weights=OWN, states=OWN, gradients="keep"))
+        bare = anonymous(replace(plan, weights=OWN, states=OWN, gradients="keep"))
         if bare not in self._phases:
-            self._phases[bare] = _phases_in(self._record(bare), self._largest_gradient(plan))
+            self._phases[bare] = _phases_in(
+                self._record(bare),
+                largest_gradient=self._largest_gradient(plan),
+                unseen=self._left_out(bare),
+            )
         return self._phases[bare]
 
     def _is_traced(self, plan: Plan) -> bool:
-        return _anonymous(plan) in self._records
+        return anonymous(plan) in self._records
 
     def _record(self, plan: Plan) -> MemoryRecord:
-        key = _anonymous(plan)
+        key = anonymous(plan)
         if key not in self._records:
             self._say(f"traced {len(self._records)} steps, now {short(plan)}")
-            self._records[key] = predict_memory(
-                self._recipe, key, device=self._target, break_even=False
-            )
+            self._records[key] = self._traced(key)
         return self._records[key]
 
-    def _bytes_held(self, plan: Plan) -> int:
+    def _traced(self, plan: Plan) -> MemoryRecord:
+        shown, size = plan, None
+        if plan.micro_batches > 2:
+            shown = replace(plan, micro_batches=2)
+            size = 2 * (self.batch_size // plan.micro_batches)
+        return predict_memory(
+            self._recipe, shown, device=self._target, batch_size=size, break_even=False
+        )
+
+    def _left_out(self, plan: Plan) -> int:
+        """Return the bytes of the parts that a trace left out: inputs, and one loss each."""
+        parts = plan.micro_batches
+        if parts <= 2:
+            return 0
+        return round(self._batch_bytes * (1 - 2 / parts)) + _LOSS_BYTES * (parts - 2)
+
+    def _stepping(self, plan: Plan) -> int:
+        """Return the peak of the update of these stores: the same whatever was computed before."""
+        key = self._stores(plan)
+        if key not in self._steps:
+            parts = min(plan.micro_batches, 2)
+            plain = replace(plan, activations=(), loss="whole", micro_batches=parts)
+            found = _phases_in(self._record(plain), largest_gradient=0, unseen=0)
+            self._steps[key] = found.stepping
+        return self._steps[key] + self.bytes_held(plan)
+
+    def _alike(self, plan: Plan) -> int:
+        """Return what an update needs beside what it holds, with other stores if they are known.
+
+        Ranges are as long whatever the stores, and nearly as many are alive.
+        """
+        *family, _, _ = self._stores(plan)
+        for (*known, _, _), peak in self._steps.items():
+            if known == family:
+                return peak
+        return self._stepping(plan) - self.bytes_held(plan)
+
+    @staticmethod
+    def _stores(plan: Plan) -> tuple[object, ...]:
+        # Where gradients are summed, bf16 ones have an fp32 sum beside them.
+        summed = plan.micro_batches > 1
+        return plan.policy.param, plan.policy.keep_fp32, summed, plan.weights, plan.states
+
+    def bytes_held(self, plan: Plan) -> int:
         """Return the bytes of remainders and moments, from the stores themselves."""
         if plan.weights == OWN:
             plain = replace(plan, activations=(), loss="whole", micro_batches=1)
             return _held_in(self._record(plain).timeline[0].categories)
-        key = (plan.policy.param, plan.policy.keep_fp32, plan.weights, plan.states)
+        key = self._stores(plan)
         if key not in self._held:
             self._held[key] = self._held_by_stores(plan)
         return self._held[key]
 
-    def _held_by_stores(self, plan: Plan) -> int:
+    def rule(self, plan: Plan) -> str:
+        """Return the name of the class of optimizer that the plan steps with."""
+        return type(self._optimizer(plan)).__name__
+
+    def _optimizer(self, plan: Plan) -> Optimizer:
         stage = Stage()
         model = model_without_contents(self._recipe, stage)
         with stage:
-            optimizer = planned_optimizer(self._recipe.build_optimizer(model), model, plan)
+            return planned_optimizer(self._recipe.build_optimizer(model), model, plan)
+
+    def _held_by_stores(self, plan: Plan) -> int:
+        optimizer = self._optimizer(plan)
         assert isinstance(optimizer, NarrowOptimizer)
         return sum(_held_by(optimizer, group) for group in optimizer.param_groups)
 
@@ -164,10 +244,10 @@ def _held_in(categories: dict[str, int]) -> int:
     return categories.get("optimizer_state", 0) + categories.get("master_weights", 0)
 
 
-def _phases_in(record: MemoryRecord, largest_gradient: int) -> _Phases:
+def _phases_in(record: MemoryRecord, *, largest_gradient: int, unseen: int) -> _Phases:
     computing = releasing = stepping = 0
     for point in record.timeline:
-        rest = point.bytes - _held_in(point.categories)
+        rest = point.bytes - _held_in(point.categories) + unseen
         if point.phase == "optimizer":
             stepping = max(stepping, rest)
         else:
@@ -175,17 +255,6 @@ def _phases_in(record: MemoryRecord, largest_gradient: int) -> _Phases:
             gradients = point.categories.get("gradients", 0)
             releasing = max(releasing, rest - max(gradients - largest_gradient, 0))
     return _Phases(computing, releasing, stepping)
-
-
-def _required(record: MemoryRecord) -> int:
-    if record.reserved_bytes is None:
-        return record.total_peak_bytes
-    return record.reserved_bytes + (record.margin_bytes or 0)
-
-
-def _anonymous(plan: Plan) -> Plan:
-    """Return the plan without its name, which changes no byte."""
-    return replace(plan, name="", policy=replace(plan.policy, name=""))
 
 
 def model_without_contents(recipe: Recipe, stage: Stage) -> nn.Module:

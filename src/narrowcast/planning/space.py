@@ -163,7 +163,7 @@ def candidates(space: Space) -> list[Plan]:
     ):
         for weights, states in _stores(policy, narrow=space.narrow_stores):
             for gradients in ("keep", "release") if space.release else ("keep",):
-                changes = {
+                changes: dict[str, object] = {
                     "weights": weights,
                     "states": states,
                     "gradients": gradients,

@@ -131,6 +131,10 @@ class _RehearsedAutocast:
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
+# Running statistics in bf16 stop to move by less than a 512th, and torch's kernels take 16-bit inputs
+# beside fp32 weights and statistics: so these keep fp32 in every precision, and cast nothing.
+_KEPT_KINDS = (nn.modules.batchnorm._BatchNorm,)
+
 
 def _rehearses(policy: Policy, device_type: str) -> bool:
     return policy.autocasts and policy.autocast_rules == "cuda" and device_type == "cpu"
@@ -159,7 +163,7 @@ def backward_context(policy: Policy, device_type: str) -> AbstractContextManager
     return rehearse("cuda") if _rehearses(policy, device_type) else _NOTHING
 
 
-def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) -> None:
+def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) -> tuple[str, ...]:
     """Move a model to the device and make it obey the policy, in place.
 
     Weights and floating-point buffers take ``policy.param``; parameters stay the same objects, so
@@ -168,18 +172,22 @@ def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) 
     casts, so inputs are cast where the model is entered, outputs to ``policy.output`` where it is
     left, and outputs of fp32 islands back to the compute format.
 
+    Buffers of fp64 stay so where the policy stores fp32, as they do in a plain loop; 16-bit formats
+    narrow them, which the notes that are returned say.
+
     A second call replaces the first one's effect. Raises UsageError for a pattern that matches no
-    module, and for a weight shared between an island and a 16-bit module.
+    module, for a weight shared between an island and a 16-bit module, and for fp64 weights.
     """
     kept = _kept_modules(model, policy)
+    _require_no_fp64(model, policy)
     _remove_hooks(model)
     model.to(device)
-    _cast_weights(model, list(kept), torch_dtype(policy.param))
+    notes = _cast_weights(model, list(kept), torch_dtype(policy.param))
     for module, entry in kept.items():
         module.register_forward_pre_hook(EnterIsland(entry), with_kwargs=True, prepend=True)
         module.register_forward_hook(LeaveIsland(), always_call=True)
     if policy.keeps_master:
-        return
+        return notes
     compute = torch_dtype(policy.compute)
     within = {id(m) for module in kept for m in module.modules() if m is not module}
     for module in kept:
@@ -188,11 +196,27 @@ def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) 
     if model not in kept:
         model.register_forward_pre_hook(CastInputs(compute), with_kwargs=True, prepend=True)
     model.register_forward_hook(CastOutputs(torch_dtype(policy.output)))
+    return notes
+
+
+def _require_no_fp64(model: nn.Module, policy: Policy) -> None:
+    """Raise UsageError for weights of which half the digits would be lost without a word."""
+    wide = [name for name, p in model.named_parameters() if p.dtype is torch.float64]
+    if wide:
+        more = f" and {len(wide) - 3} more" if len(wide) > 3 else ""
+        raise UsageError(
+            f"{', '.join(wide[:3])}{more} are fp64, and policy {policy.name!r} stores weights in "
+            f"{policy.param}",
+            hint="call model.float() first if fp32 is enough; what needs fp64 needs a plain loop",
+        )
 
 
 def kept_parameters(model: nn.Module, policy: Policy) -> list[nn.Parameter]:
-    """List the parameters of the modules that the policy keeps in fp32, inner modules included."""
-    return [p for module in _kept_modules(model, policy) for p in module.parameters()]
+    """List the parameters that stay fp32 under the policy: of fp32 islands, and of batch norms."""
+    kept = [*_kept_modules(model, policy)]
+    if policy.param != "fp32":
+        kept += [module for module in model.modules() if isinstance(module, _KEPT_KINDS)]
+    return [p for module in dict.fromkeys(kept) for p in module.parameters()]
 
 
 def _kept_modules(model: nn.Module, policy: Policy) -> dict[nn.Module, str]:
@@ -246,9 +270,13 @@ def _remove_hooks(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
-def _cast_weights(model: nn.Module, kept: list[nn.Module], dtype: torch.dtype) -> None:
-    """Give islands fp32 and all else `dtype`; integers and complex numbers stay as they are."""
+def _cast_weights(model: nn.Module, kept: list[nn.Module], dtype: torch.dtype) -> tuple[str, ...]:
+    """Give islands and batch norms fp32 and all else `dtype`; returns what is to be said of it.
+
+    Integers and complex numbers stay as they are, and fp64 where it would become fp32.
+    """
     island = {id(m) for root in kept for m in root.modules()}
+    island |= {id(m) for m in model.modules() if isinstance(m, _KEPT_KINDS)}
     targets: dict[int, tuple[str, Tensor, torch.dtype]] = {}
     for module_name, module in model.named_modules():
         wanted = torch.float32 if id(module) in island else dtype
@@ -260,8 +288,16 @@ def _cast_weights(model: nn.Module, kept: list[nn.Module], dtype: torch.dtype) -
                     "two modules is kept in fp32",
                     hint="keep both modules in fp32, or neither",
                 )
-    for _, tensor, wanted in targets.values():
+    narrowed = []
+    for name, tensor, wanted in targets.values():
+        if tensor.dtype is torch.float64:
+            if wanted is torch.float32:
+                continue
+            narrowed.append(name.removeprefix("."))
         _set_dtype(tensor, wanted)
+    if not narrowed:
+        return ()
+    return (f"fp64 buffers became {format_name(dtype)}: {', '.join(narrowed)}",)
 
 
 def _set_dtype(tensor: Tensor, dtype: torch.dtype) -> None:

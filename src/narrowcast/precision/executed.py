@@ -165,13 +165,22 @@ def honoured(
     policy: Policy,
     counts: Mapping[str, Mapping[str, int]],
     unused: Mapping[str, str] | None = None,
+    *,
+    widened: int = 0,
 ) -> tuple[bool, tuple[str, ...]]:
     """Whether every product and convolution executed in the policy's compute format, and notes.
 
     Where the policy keeps modules in fp32, their calls are allowed for, and counted in a note;
-    `unused` are those that `islands.unused_islands` found to be kept in vain.
+    `unused` are those that `islands.unused_islands` found to be kept in vain. `widened` is how many
+    of the fp32 products a chunked loss made on purpose, of 16-bit factors.
     """
-    heavy = {kind: counts[kind] for kind in _HEAVY if counts.get(kind)}
+    heavy = {kind: dict(counts[kind]) for kind in _HEAVY if counts.get(kind)}
+    if widened:
+        heavy["matmul"]["fp32"] -= widened
+        heavy["matmul"] = {name: calls for name, calls in heavy["matmul"].items() if calls}
+        is_honoured, notes = honoured(policy, heavy, unused)
+        purpose = f"{widened} products of the chunked loss executed in fp32, on purpose"
+        return is_honoured, (*notes, purpose)
     if not heavy:
         return True, ("nothing to execute in low precision: no matrix product or convolution ran",)
     allowed = {policy.compute} | ({"fp32"} if policy.keep_fp32 else set())

@@ -14,7 +14,7 @@ from typing import Any
 from narrowcast.errors import NarrowcastError
 from narrowcast.memory.break_even import break_even_of
 from narrowcast.memory.measure import MemoryLedger
-from narrowcast.policy import Policy, policy_named
+from narrowcast.plan import Plan, plan_named
 from narrowcast.prediction.trace import Stage, trace_steps
 from narrowcast.profiling import Bench, Measurements, break_even_search, sides_of
 from narrowcast.records.memory import BreakEven, MemoryRecord
@@ -32,7 +32,7 @@ def advise(
     ledger: MemoryLedger,
     *,
     stage: Stage,
-    build: Callable[[Policy, Stage], Bench],
+    build: Callable[[Plan, Stage], Bench],
 ) -> MemoryRecord:
     """Add the comparison with fp32 to a predicted record.
 
@@ -62,17 +62,19 @@ def _break_even(
         known={size: sides_of(ledger, fp32_ledger)},
         surroundings=stage,
         fake=stage.fake,
+        watching=stage.watching,
     )
     bracket = break_even_search(traces, size)
     return break_even_of(record, fp32_ledger.record(), bracket, traces.known, measured=set())
 
 
 def _without_casts(
-    record: MemoryRecord, bench: Bench, stage: Stage, build: Callable[[Policy, Stage], Bench]
+    record: MemoryRecord, bench: Bench, stage: Stage, build: Callable[[Plan, Stage], Bench]
 ) -> BreakEven:
     """Compare whole steps: nothing is there in 16 bits beside something in fp32."""
-    policy = replace(policy_named("fp32"), keep_fp32=bench.policy.keep_fp32)
-    fp32 = build(policy, stage)
+    plain = plan_named("fp32")
+    policy = replace(plain.policy, keep_fp32=bench.policy.keep_fp32)
+    fp32 = build(plain.with_policy(policy), stage)
     size, least = record.batch_size, min(_LEAST, record.batch_size)
     peaks = {size: (record.total_peak_bytes, _peak(fp32, stage))}
     if least != size:

@@ -136,11 +136,25 @@ def _cudnn_fits(call: Attention, gpu: Gpu) -> bool:
         gpu.sm >= 80
         and call.query.dtype in _HALVES
         and _well_formed(call, heads_may_be_shared=True)
+        and _mask_broadcasts(call)
         and max(call.query.shape[-1], call.value.shape[-1]) <= most
         and call.query.shape[-1] % 8 == 0
         and call.value.shape[-1] % 8 == 0
         and call.key.shape[-2] > 1
         and not (call.query.shape[-2] == 1 and call.dropout > 0)
+    )
+
+
+def _mask_broadcasts(call: Attention) -> bool:
+    """Whether a constant mask fits queries and keys as it is (check_attn_mask_shape)."""
+    mask = call.mask
+    if mask is None:
+        return True
+    if mask.requires_grad or mask.dim() not in (2, 4):
+        return False
+    whole = (*call.query.shape[:3], call.key.shape[2])[-mask.dim() :]
+    return mask.shape[-2:] == whole[-2:] and all(
+        mine in (1, full) for mine, full in zip(mask.shape, whole, strict=True)
     )
 
 

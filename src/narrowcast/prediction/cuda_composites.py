@@ -24,12 +24,17 @@ _aten = torch.ops.aten
 _MASK_ALIGNMENT = 8
 
 
+def _as_composed(op: Any, *args: Any) -> Any:
+    """Call torch's own composite kernel: ``decompose`` would prefer a Python one that differs."""
+    return op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args)
+
+
 def _dropout(value: Tensor, p: float, train: bool) -> Tensor:  # noqa: FBT001 -- aten's signature
     """Drop out with one kernel and a mask of bools (Dropout.cpp, is_fused_kernel_acceptable)."""
     if train and 0 < p < 1 and value.numel() > 0:
         result: Tensor = _aten.native_dropout(value, p, train)[0]
         return result
-    plain: Tensor = _aten.dropout.default.decompose(value, p, train)
+    plain: Tensor = _as_composed(_aten.dropout.default, value, p, train)
     return plain
 
 
@@ -40,7 +45,7 @@ def _of_half(op: Any, inner: Any) -> Callable[..., Tensor]:
         if value.dtype == torch.float16 and dtype == torch.float32:
             result: Tensor = inner(value, dim, True)
             return result
-        plain: Tensor = op.decompose(value, dim, dtype)
+        plain: Tensor = _as_composed(op, value, dim, dtype)
         return plain
 
     return kernel
@@ -67,7 +72,7 @@ def _rms_norm(
 ) -> Tensor:
     """Normalise with CUDA's fused kernel where it is taken (layer_norm.cpp, rms_norm_symint)."""
     if weight is not None and weight.dtype != value.dtype:
-        plain: Tensor = _aten.rms_norm.default.decompose(value, shape, weight, eps)
+        plain: Tensor = _as_composed(_aten.rms_norm.default, value, shape, weight, eps)
         return plain
     lead = value.shape[: value.dim() - len(shape)]
     rows = (*lead, *(1 for _ in shape))
@@ -102,13 +107,12 @@ def _attention(gpu: Gpu, *, cudnn_version: int) -> Callable[..., Tensor]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,  # noqa: FBT001, FBT002 -- aten's signature
-        *,
+        *options: Any,  # attn_mask, dropout_p and is_causal, as far as given
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        defaults: tuple[Any, ...] = (None, 0.0, False)
+        attn_mask, dropout_p, is_causal = (*options, *defaults[len(options) :])
         call = Attention(
             query=query,
             key=key,

@@ -44,6 +44,10 @@ _aten = torch.ops.aten
 _HALVES = (torch.float16, torch.bfloat16)
 _OPEN = threading.Lock()
 
+# Embedding.cu, embedding_dense_backward_cuda, and NROWS_PER_THREAD of EmbeddingBackwardKernel.cu.
+_FEW_INDICES = 3072
+_ROWS_A_THREAD = 10
+
 CUDNN_VERSION = 91900
 """9.19.0, which the wheels of torch 2.11 for CUDA 13 require (Requires-Dist in their metadata)."""
 
@@ -140,8 +144,7 @@ def _layer_norm(kernels: CudaKernels, func: Any, args: Any, kwargs: Any) -> Any:
     lead = value.shape[: value.dim() - len(args[1])]
     shape = (*lead, *(1 for _ in args[1]))
     result = _like(value, memory_format=torch.contiguous_format)
-    stats = [_like(value, shape, dtype=torch.float32) for _ in range(2)]
-    return result, *stats
+    return result, *(_like(value, shape, dtype=torch.float32) for _ in range(2))
 
 
 def _batch_norm(kernels: CudaKernels, func: Any, args: Any, kwargs: Any) -> Any:
@@ -149,9 +152,8 @@ def _batch_norm(kernels: CudaKernels, func: Any, args: Any, kwargs: Any) -> Any:
     value, training = args[0], args[5]
     if value.dtype not in _HALVES:
         return func(*args, **kwargs)
-    count = value.shape[1] if training else 0
-    stats = [_like(value, (count,), dtype=torch.float32) for _ in range(2)]
-    return _like(value), *stats
+    result, count = _like(value), value.shape[1] if training else 0
+    return result, *(_like(value, (count,), dtype=torch.float32) for _ in range(2))
 
 
 def _flash(kernels: CudaKernels, func: Any, args: Any, kwargs: Any) -> Any:
@@ -206,34 +208,26 @@ def _efficient_backward(kernels: CudaKernels, func: Any, args: Any, kwargs: Any)
         _like(t, (t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
         for t in (query, key, value)
     ]
-    wanted = args[10]
-    if mask is not None and wanted[3]:
+    grad_mask = None
+    if mask is not None and args[10][3]:
         columns = -(-mask.shape[-1] // 16) * 16
         grad_mask = _like(mask, (*mask.shape[:-1], columns))[..., : mask.shape[-1]]
-    else:
-        grad_mask = None
     delta, sums = efficient_backward_scratch(query, key, value)
     if query.dtype in _HALVES:
         kernels.scratch(delta, sums)
-    else:
-        _delta_in_fp32(grad_t, args[5])
-        kernels.scratch(delta, sums)
+    else:  # kKernelComputesDelta is false: operations of its own make it
+        held = (grad_t * args[5].transpose(1, 2)).sum(-1).transpose(-2, -1).contiguous()
+        kernels.scratch(sums)
+        del held
     return *gradients, grad_mask
-
-
-def _delta_in_fp32(grad: Tensor, out: Tensor) -> None:
-    """Compute delta with operations of its own, as kernels do that take fp32."""
-    product = grad * out.transpose(1, 2)
-    delta = product.sum(-1).transpose(-2, -1)
-    del product
-    delta.contiguous()
 
 
 def _cudnn(kernels: CudaKernels, func: Any, args: Any, kwargs: Any) -> Any:
     """Allocate out, in the layout of the query, and log-sum-exp (cudnn/MHA.cpp)."""
     query, key, value = args[:3]
     batch, heads, length, size = query.shape
-    out = _like(query if value.shape[-1] == size else value)
+    packed = (batch, length, heads, value.shape[-1])
+    out = _like(query) if packed[-1] == size else _like(query, packed).transpose(1, 2)
     lse = _like(query, (batch, heads, length, 1), dtype=torch.float32)
     return out, lse, None, None, length, key.shape[2], _on_host(), _on_host(), None
 
@@ -249,15 +243,25 @@ def _cudnn_backward(kernels: CudaKernels, func: Any, args: Any, kwargs: Any) -> 
 
 
 def _embedding_backward(kernels: CudaKernels, func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Sort the indices if there are more than 3072 (Embedding.cu, embedding_dense_backward_cuda).
+    """Sort more than 3072 indices, then sum rows by segment (EmbeddingBackwardKernel.cu).
 
-    Sorted and original indices; cub's own storage for a radix sort of them holds the same again.
+    Embedding.cu, embedding_dense_backward_cuda: sorted and original indices outlive the sort, whose
+    second pair of buffers is cub's; the sums are fp32, one row for each segment of ten indices.
     """
-    grad, indices = args[:2]
-    result: Tensor = func(*args, **kwargs)
-    if indices.numel() > 3072:
-        size = indices.numel() * indices.element_size()
-        kernels.scratch(size, size, 2 * size)
+    gradient, indices, rows = args[:3]
+    count = indices.numel()
+    if count <= _FEW_INDICES:
+        result: Tensor = func(*args, **kwargs)
+        return result
+    size = count * indices.element_size()
+    order = [torch.empty(size, dtype=torch.uint8, device="cpu") for _ in range(2)]
+    kernels.scratch(size, 2 * size)
+    result = func(*args, **kwargs)
+    segments = min(count, rows)
+    partial = count // _ROWS_A_THREAD + segments
+    width = -(-gradient.shape[-1] // 32) * 32
+    kernels.scratch(*[segments * indices.element_size()] * 3, 8 * partial, 4 * partial * width)
+    del order
     return result
 
 

@@ -22,13 +22,14 @@ from torch.utils._pytree import tree_map_only
 
 from narrowcast.data import MapDataset, batch_len, to_device
 from narrowcast.engine.engine import Engine
+from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import RecipeError, UsageError
 from narrowcast.plan import Plan
 from narrowcast.policy import Policy
 from narrowcast.prediction.advice import advise
 from narrowcast.prediction.targets import Target, target_named
-from narrowcast.prediction.trace import Stage, explaining, trace_steps
-from narrowcast.profiling import Bench, first_batch, notes_on
+from narrowcast.prediction.trace import Stage, explaining
+from narrowcast.profiling import Bench, as_plan, first_batch, notes_on
 from narrowcast.recipes.load import Recipe, load_recipe, option_values
 from narrowcast.records.memory import MemoryRecord
 from narrowcast.user_code import user_code
@@ -36,7 +37,7 @@ from narrowcast.user_code import user_code
 __all__ = ["predict_memory", "predict_step_memory"]
 
 _CPU = torch.device("cpu")
-Builder = Callable[[Plan | Policy, Stage], Bench]
+Builder = Callable[[Plan, Stage], Bench]
 
 
 def predict_memory(
@@ -57,7 +58,7 @@ def predict_memory(
     UnknownName, UsageError and UnsupportedPrecision for what cannot be asked.
     """
     target = target_named(device)
-    plan, _ = target.plan(_as_plan(precision))
+    plan, _ = target.plan(precision if isinstance(precision, str) else as_plan(precision))
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, options)
     elif options:
@@ -71,7 +72,7 @@ def predict_memory(
         data, batch = first_batch(recipe, size, seed)
         notes = _notes_on_size(batch, size)
 
-        def build(plan: Plan | Policy, stage: Stage) -> Bench:
+        def build(plan: Plan, stage: Stage) -> Bench:
             model, how = _model_of(recipe, stage)
             notes.extend(note for note in how if note not in notes)
             return _bench(recipe, plan, stage, model=model, data=data, batch=batch)
@@ -100,7 +101,7 @@ def predict_step_memory(
     in the engine's order, as ``narrowcast.Engine`` would.
     """
     target = target_named(device)
-    plan, _ = target.plan(_as_plan(precision))
+    plan, _ = target.plan(precision if isinstance(precision, str) else as_plan(precision))
     if isinstance(optimizer, Optimizer) and not isinstance(model, nn.Module):
         raise UsageError(
             "the model is made by a function and the optimizer exists already: it holds the "
@@ -108,7 +109,7 @@ def predict_step_memory(
             hint="pass a function of the model that makes the optimizer",
         )
 
-    def build(plan: Plan | Policy, stage: Stage) -> Bench:
+    def build(plan: Plan, stage: Stage) -> Bench:
         parts = _parts_of(model, optimizer, stage)
         return _plain_bench(*parts, loss=loss, batch=batch, plan=plan, stage=stage, name=name)
 
@@ -116,32 +117,30 @@ def predict_step_memory(
         return _predict(build, plan, target, break_even=break_even)
 
 
-def _as_plan(precision: Plan | Policy | str) -> Plan | str:
-    if isinstance(precision, Policy):
-        return Plan(name=precision.name, policy=precision)
-    return precision
-
-
 def _predict(build: Builder, plan: Plan, target: Target, *, break_even: bool) -> MemoryRecord:
     """Trace the step on the target's stage and put the record together."""
-    stage = Stage(*target.kernels())
-    traced = target.traced(plan)
-    bench = build(traced, stage)
-    ledger = trace_steps(bench, stage, whole=target.whole)
+    stage = target.stage()
+    bench = build(target.traced(plan), stage)
+    found, ledger = target.trace(bench, stage)
     record = replace(
-        ledger.record(recipe=bench.name, precision=plan.name, batch_size=bench.size),
+        found,
+        recipe=bench.name,
+        precision=plan.name,
+        batch_size=bench.size,
         device=target.name,
         predicted=True,
-        assumptions=_assumptions(plan.policy),
+        assumptions=(*_assumptions(plan.policy, target.steps), *found.assumptions),
+        notes=(*notes_on(plan.policy, target.device), *found.notes),
     )
-    record = replace(record, notes=(*notes_on(plan.policy, _CPU), *record.notes))
     if break_even and plan.policy.compute in ("fp16", "bf16"):
         record = advise(record, bench, ledger, stage=stage, build=build)
-    return target.finish(record, ledger)
+    return record
 
 
-def _assumptions(policy: Policy) -> tuple[str, ...]:
-    traced = "two steps were traced on tensors that have sizes and no contents; nothing was run"
+def _assumptions(policy: Policy, steps: int) -> tuple[str, ...]:
+    traced = (
+        f"{steps} steps were traced on tensors that have sizes and no contents; nothing was run"
+    )
     if policy.scaling == "dynamic":
         return traced, "the loss scale has settled, so that every step is applied"
     return (traced,)
@@ -188,7 +187,7 @@ def _model_of(recipe: Recipe, stage: Stage) -> tuple[nn.Module, list[str]]:
 
 def _bench(
     recipe: Recipe,
-    plan: Plan | Policy,
+    plan: Plan,
     stage: Stage,
     *,
     model: nn.Module,
@@ -227,7 +226,7 @@ def _plain_bench(
     *,
     loss: Callable[[nn.Module, Any], Tensor],
     batch: Any,
-    plan: Plan | Policy,
+    plan: Plan,
     stage: Stage,
     name: str,
 ) -> Bench:
@@ -237,6 +236,7 @@ def _plain_bench(
 
     with stage:
         fake = to_device(stage.fake(batch), _CPU)
+        optimizer = planned_optimizer(optimizer, model.to(_CPU), plan)
         return Bench(
             name=name,
             plan=plan,

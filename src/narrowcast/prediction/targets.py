@@ -1,28 +1,149 @@
 """What a prediction is for: a CPU, or a GPU that need not be there.
 
-A target says in which precisions it can train, which kernels a trace has to imitate, and what
-becomes of a traced step: on a CPU its ledger, on a GPU also what the allocator makes of it.
+A target says in which precisions it can train, what a trace has to imitate, and what becomes of a
+traced step: on a CPU its ledger, on a GPU also what the allocator makes of its events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from narrowcast.errors import UnknownName, UnsupportedPrecision
+from narrowcast.memory.measure import MemoryLedger
 from narrowcast.plan import Plan, plan_named
-from narrowcast.precision.device import Capability, gpu_capabilities, policy_for_gpu
-from narrowcast.precision.device import require, resolve_plan
+from narrowcast.policy import POLICIES
+
+# The table behind `capabilities` and `auto`, asked for a GPU that is not there.
+from narrowcast.precision.device import (
+    _can,
+    _choose_for_cuda,
+    _cuda_capabilities,
+    require,
+    resolve_plan,
+)
 from narrowcast.prediction.cpu_kernels import CpuKernels
 from narrowcast.prediction.cuda_ops import cuda_kernels
-from narrowcast.prediction.cuda_replay import allocator_of, assumptions_on, margin_of, tensors_of
+from narrowcast.prediction.gpu_record import on_gpu
 from narrowcast.prediction.gpus import GPUS, Gpu
 from narrowcast.prediction.trace import Stage, trace_from_start, trace_steps
-from narrowcast.memory.measure import MemoryLedger
 from narrowcast.profiling import Bench
 from narrowcast.records.memory import MemoryRecord
 
 __all__ = ["Cpu", "CudaGpu", "Target", "target_named"]
+
+_CPU = torch.device("cpu")
+
+
+class Target(Protocol):
+    """A device to predict for."""
+
+    @property
+    def name(self) -> str:
+        """The name by which it is asked for."""
+
+    @property
+    def device(self) -> torch.device:
+        """A device of its type."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps a trace takes to show what all later ones are like."""
+
+    def plan(self, precision: Plan | str) -> tuple[Plan, str]:
+        """Return the plan and why it is this one; raises UnsupportedPrecision if it cannot be."""
+
+    def traced(self, plan: Plan) -> Plan:
+        """Return the plan that a trace, which is made of CPU tensors, has to follow."""
+
+    def stage(self) -> Stage:
+        """Return a stage on which operations on CPU tensors allocate as they do here."""
+
+    def trace(self, bench: Bench, stage: Stage) -> tuple[MemoryRecord, MemoryLedger]:
+        """Trace a step: what this device makes of it, and the ledger that it comes from."""
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The CPU at hand: a trace is its prediction."""
+
+    name: str = "cpu"
+    steps: int = 2
+    """The first makes the optimizer's state; the second equals the third, which is measured."""
+
+    @property
+    def device(self) -> torch.device:
+        return _CPU
+
+    def plan(self, precision: Plan | str) -> tuple[Plan, str]:
+        if isinstance(precision, str):
+            return resolve_plan(precision, _CPU)
+        require(precision.policy, _CPU)
+        return precision, "as asked"
+
+    def traced(self, plan: Plan) -> Plan:
+        return plan
+
+    def stage(self) -> Stage:
+        return Stage(CpuKernels())
+
+    def trace(self, bench: Bench, stage: Stage) -> tuple[MemoryRecord, MemoryLedger]:
+        ledger = trace_steps(bench, stage, steps=self.steps)
+        return ledger.record(), ledger
+
+
+@dataclass(frozen=True)
+class CudaGpu:
+    """A GPU by its figures."""
+
+    gpu: Gpu
+    steps: int = 3
+    """In the second the allocator still finds room that the first left: of 36 trainings, two in
+    fp32 reserved a segment more in the third, and none more in the fourth (docs/predict.md)."""
+
+    @property
+    def name(self) -> str:
+        return self.gpu.name
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+    def plan(self, precision: Plan | str) -> tuple[Plan, str]:
+        able = _cuda_capabilities(divmod(self.gpu.sm, 10))
+        if precision == "auto":
+            policy, why = _choose_for_cuda(able)
+            return plan_named(policy.name), why
+        plan = plan_named(precision) if isinstance(precision, str) else precision
+        if _can(plan.policy, able):
+            return plan, "as asked"
+        formats = dict.fromkeys((plan.policy.compute, plan.policy.param))
+        lacking = next(name for name in formats if name not in able or not able[name].supported)
+        why = f": {able[lacking].why}" if lacking in able else ""
+        possible = [name for name, policy in POLICIES.items() if _can(policy, able)]
+        raise UnsupportedPrecision(
+            f"precision {plan.name!r} needs {lacking}, and {self.gpu.title} lacks it{why}",
+            hint=f"this GPU can: {', '.join(possible)}; 'auto' chooses one and says why",
+        )
+
+    def traced(self, plan: Plan) -> Plan:
+        if plan.policy.compute != "tf32":
+            return plan
+        return plan.with_policy(replace(plan.policy, compute="fp32"))  # held and saved alike
+
+    def stage(self) -> Stage:
+        return Stage(above=lambda: cuda_kernels(self.gpu))
+
+    def trace(self, bench: Bench, stage: Stage) -> tuple[MemoryRecord, MemoryLedger]:
+        return on_gpu(trace_from_start(bench, stage, steps=self.steps), bench, self.gpu)
+
+
+def target_named(name: str) -> Target:
+    """Return the target of this name. Raises UnknownName with the nearest match."""
+    if name == "cpu":
+        return Cpu()
+    if name not in GPUS:
+        raise UnknownName.of("device to predict for", name, ("cpu", *GPUS))
+    return CudaGpu(GPUS[name])

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -36,6 +36,9 @@ from torch.utils._pytree import tree_map_only
 
 from narrowcast.errors import NarrowcastError, RecipeError
 from narrowcast.memory.measure import MemoryLedger
+from narrowcast.memory.storages import Holding
+from narrowcast.prediction.fakes import OwnNoise, modules_of_fakes, work_that_differs
+from narrowcast.prediction.sight import leave_out, taken_beside
 from narrowcast.profiling import Bench
 from narrowcast.user_code import user_traceback
 
@@ -64,6 +67,7 @@ class Stage:
     ) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._answers = _Answers()
+        self._noise = OwnNoise()
         self._kernels = kernels
         self._above = above
         self._entered: list[ExitStack] = []
@@ -74,10 +78,18 @@ class Stage:
         return self._answers.open
 
     @contextmanager
-    def within(self) -> Iterator[Any]:
-        """Enter what belongs above a ledger."""
+    def above(self) -> Iterator[Any]:
+        """Enter what belongs above a ledger, and return the kernels among it."""
         with _Unseen(), self._above() as kernels:  # type: ignore[no-untyped-call]
             yield kernels
+
+    @contextmanager
+    def watching(self, ledger: MemoryLedger) -> Iterator[None]:
+        """Enter a ledger, and see to it that in the end it has seen tensors only."""
+        with ledger, self.above() as kernels:
+            beside = taken_beside(kernels, ledger)
+            yield
+        leave_out(ledger, beside)
 
     def fake(self, nest: Any) -> Any:
         """Return a nest of tensors without their contents; fake ones stay as they are."""
@@ -92,9 +104,11 @@ class Stage:
 
     def __enter__(self) -> Stage:
         with ExitStack() as stack:
-            stack.enter_context(_modules_of_fakes())
-            for context in (self._mode, self._answers, *self._kernels):
-                stack.enter_context(context)
+            stack.enter_context(modules_of_fakes())
+            stack.enter_context(work_that_differs())
+            stack.enter_context(self._noise)
+            for mode in (self._mode, self._answers, *self._kernels):
+                stack.enter_context(mode)
             self._entered.append(stack.pop_all())
         return self
 
@@ -147,27 +161,28 @@ def trace_steps(bench: Bench, stage: Stage, *, steps: int = 2) -> MemoryLedger:
     the optimizer's state, is different.
     """
     with stage:
-        with stage.within():
+        with stage.above():
             _take(bench, steps - 1)
         ledger = MemoryLedger(bench.model, bench.optimizer, device=bench.device)
-        with ledger, stage.within():
+        with stage.watching(ledger):
             ledger.inputs(bench.batch)
             _take(bench, 1)
     return ledger
 
 
-def trace_from_start(bench: Bench, stage: Stage, *, steps: int = 2) -> WholeTrace:
+def trace_from_start(bench: Bench, stage: Stage, *, steps: int) -> WholeTrace:
     """Take steps under one ledger, so that its events begin with the model."""
     with stage:
         ledger = MemoryLedger(bench.model, bench.optimizer, device=bench.device)
-        with ledger, stage.within() as kernels:
+        with ledger, stage.above() as kernels:
+            beside = taken_beside(kernels, ledger)
             entry = len(ledger.events())
             ledger.inputs(bench.batch)
             _take(bench, steps - 1)
             last, moment = len(ledger.events()), len(ledger._watch.moments)
             _take(bench, 1)
     del ledger._watch.moments[:moment]
-    return WholeTrace(ledger=ledger, entry=entry, last_step=last, kernels=kernels)
+    return WholeTrace(ledger=ledger, entry=entry, last_step=last, beside=beside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +194,8 @@ class WholeTrace:
     """How many events there were before the batch: the model's, and the optimizer's if any."""
     last_step: int
     """How many there were before the last step."""
-    kernels: Any
-    """What the stage entered within the ledger."""
+    beside: set[Holding]
+    """Workspaces and scratch memory of kernels, which a ledger on a GPU does not see."""
 
 
 def _take(bench: Bench, steps: int) -> None:
@@ -216,52 +231,3 @@ def _untraceable(name: str, path: Path | None, error: BaseException) -> RecipeEr
         hint="`narrowcast memory` measures a step with real tensors; or keep item(), float(), an "
         "`if` on a tensor, nonzero() and boolean masks out of model and loss",
     )
-
-
-@contextmanager
-def _modules_of_fakes() -> Iterator[None]:
-    """Let modules of fake parameters be moved, cast and deep-copied as real ones are.
-
-    ``Module._apply`` swaps fake tensors, which an optimizer's reference forbids: here it sets
-    ``data``. And what torch makes of a deep copy has two storages, its own and its views'.
-    """
-    original: Callable[..., nn.Module] = nn.Module._apply
-
-    def apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
-        own = [p for p in module._parameters.values() if p is not None]
-        if not all(isinstance(p, FakeTensor) for p in own):
-            return original(module, convert, recurse)
-        if recurse:
-            for child in module.children():
-                child._apply(convert)  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for parameter in own:
-                _convert(parameter, convert)
-            for key, buffer in module._buffers.items():
-                module._buffers[key] = buffer if buffer is None else convert(buffer)
-        return module
-
-    nn.Module._apply = apply  # type: ignore[method-assign]
-    FakeTensor.__deepcopy__ = _deep_copy  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module._apply = original  # type: ignore[method-assign]
-        del FakeTensor.__deepcopy__
-
-
-def _convert(parameter: nn.Parameter, convert: Callable[[Tensor], Tensor]) -> None:
-    converted = convert(parameter)
-    if converted is not parameter:
-        parameter.data = converted
-    if parameter.grad is not None:
-        parameter.grad = convert(parameter.grad)
-
-
-def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
-    if id(tensor) not in memo:
-        copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
-    found: Tensor = memo[id(tensor)]
-    return found

@@ -21,6 +21,9 @@ __all__ = ["RecordError", "digest", "dumps", "from_json", "loads", "parse", "to_
 
 R = TypeVar("R")
 
+# What any reader can compute with; Python's own integers have no end.
+_TOO_LARGE = 2**1023
+
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -92,6 +95,8 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if origin is typing.Literal:
         choices = typing.get_args(kind)
         _expect(data in choices, where, f"one of {', '.join(map(repr, choices))}", data)
+    if kind in (int, float) and type(data) is int:
+        _expect(abs(data) < _TOO_LARGE, where, "a number that a double holds", "one of many digits")
     if kind is float:
         return _read_float(data, where)
     if kind in (int, str, bool):
@@ -104,12 +109,8 @@ def _read(kind: Any, data: Any, where: str) -> Any:
 def _read_record(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), where, "an object", data)
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    if "schema" in fields and data.get("schema", fields["schema"].default) != fields["schema"].default:
-        raise RecordError(
-            f"{where} has schema {data['schema']!r}, and this version of narrowcast reads schema "
-            f"{fields['schema'].default}",
-            hint="use the version of narrowcast that wrote the file",
-        )
+    if "schema" in fields and "schema" in data:
+        _expect_schema(where, data["schema"], fields["schema"].default)
     unknown = sorted(set(data) - set(fields))
     missing = sorted(
         name
@@ -125,6 +126,16 @@ def _read_record(kind: Any, data: Any, where: str) -> Any:
         )
     hints = typing.get_type_hints(kind)
     return kind(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+
+
+def _expect_schema(where: str, found: Any, readable: Any) -> None:
+    """Raise RecordError for a record whose keys have another meaning."""
+    if found != readable:
+        raise RecordError(
+            f"{where} has schema {found!r:.80}, and this version of narrowcast reads schema "
+            f"{readable}",
+            hint="read it with the version of narrowcast that wrote it",
+        )
 
 
 def _read_optional(kind: Any, data: Any, where: str) -> Any:
@@ -157,11 +168,7 @@ def _read_float(data: Any, where: str) -> float:
     if isinstance(data, str) and data in _SPECIAL:
         return _SPECIAL[data]
     _expect(isinstance(data, (int, float)) and not isinstance(data, bool), where, "a number", data)
-    try:
-        return float(data)
-    except OverflowError:
-        _expect(False, where, "a number that a double can hold", data)
-        raise
+    return float(data)
 
 
 def _expect(condition: object, where: str, expected: object, data: Any) -> None:

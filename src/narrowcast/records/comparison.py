@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from narrowcast.records.codec import RecordError
 from narrowcast.records.run import AxisValue, Environment, OptionValue
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "CurvePoint",
     "Protocol",
     "VerdictRecord",
+    "require_whole",
 ]
 
 Direction = Literal["higher", "lower"]
@@ -27,6 +29,9 @@ Verdict = Literal[
     "NOT A PRECISION PROBLEM",
     "NO MARGIN",
 ]
+
+
+_EDITED = "the file was edited; the same `narrowcast compare` writes comparison.json anew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,3 +194,22 @@ class ComparisonRecord:
     started: str
     finished: str
     command: str = ""
+
+
+def require_whole(record: ComparisonRecord) -> None:
+    """Raise RecordError unless every arm of the protocol is there, with a value for every seed."""
+    names = tuple(arm.precision for arm in record.arms)
+    if not names or names != record.protocol.arms:
+        raise RecordError(
+            f"the arms are {list(names)}, and the protocol has {list(record.protocol.arms)}",
+            hint=_EDITED,
+        )
+    for arm in record.arms:
+        lists = (*arm.metrics.values(), *arm.training_precision_metrics.values(), arm.final_losses)
+        lengths = {len(values) for values in lists}
+        if lengths != {len(arm.seeds)}:
+            raise RecordError(
+                f"{arm.precision} has {len(arm.seeds)} seeds, and {sorted(lengths)} values of its "
+                "metrics",
+                hint=_EDITED,
+            )

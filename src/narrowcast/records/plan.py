@@ -1,4 +1,4 @@
-"""The fastest training that fits a budget: what was considered, what was chosen, and how to run it."""
+"""The fastest training that fits a budget: what was considered and chosen, and how to run it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PlanPoint:
     predicted_bytes: int
     """The peak of a step; for a GPU what its allocator reserves, and the margin."""
     traced: bool
-    """Whether the peak is a prediction of this very plan; put together from those of others if not."""
+    """Whether this very plan was predicted; else its peak is put together from those of others."""
     seconds: float
     """Of one step: all micro-batches and the optimizer."""
     speed: SpeedSource

@@ -166,7 +166,7 @@ def parse_metrics(text: str) -> tuple[StepPoint | Evaluation, ...]:
                 points.append(from_json(Evaluation, data))
             else:
                 points.append(from_json(StepPoint, data))
-        except (ValueError, TypeError, KeyError, RecordError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, RecordError) as error:
             raise RecordError(
                 f"line {number} of metrics.jsonl is not a point: {line!r:.80}",
                 hint="the file was edited or damaged; the checkpoints are not affected",

@@ -13,7 +13,7 @@ from typing import Literal
 from narrowcast.report.shapes import LinePanel, StripPanel, Unit
 from narrowcast.units import format_bytes, format_duration
 
-__all__ = ["Axis", "axis_over", "bounds", "line_axis", "strip_axis"]
+__all__ = ["Axis", "axis_over", "bounds", "line_axis", "strip_axis", "x_axis"]
 
 _TICKS = 5
 """About as many as fit beside each other on a phone."""
@@ -69,6 +69,13 @@ def line_axis(panels: Sequence[LinePanel]) -> Axis:
             columns = [[sum(filter(None, column)) for column in zip(*columns, strict=True)]]
         values += [y for column in columns for y in column if y is not None]
     return axis_over(values, panels[0].unit)
+
+
+def x_axis(panel: LinePanel) -> Axis:
+    """Choose the horizontal axis of a panel whose positions have a unit; it holds the limit too."""
+    values = [x for series in panel.series for x in series.x]
+    values += [panel.limit[0]] if panel.limit else []
+    return axis_over(values, panel.x_unit)
 
 
 def strip_axis(panel: StripPanel) -> Axis:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from narrowcast.report.axes import Axis, axis_over, bounds, line_axis
+from narrowcast.report.axes import Axis, axis_over, bounds, line_axis, x_axis
 from narrowcast.report.figure_parts import (
     AXIS_ROOM,
     Figure,
@@ -18,6 +18,8 @@ from narrowcast.report.figure_parts import (
     axis_title,
     base_layout,
     label,
+    ruler,
+    ruler_name,
     shaded,
 )
 from narrowcast.report.shapes import Bar, BarPanel, Chart, LinePanel, Panel, Series
@@ -69,14 +71,25 @@ def _lines(panel: LinePanel, axis: Axis, *, height: int) -> Figure:
     layout["yaxis"] |= axis_ticks(axis) | {"range": list(axis.range), "type": axis.kind}
     layout["xaxis"] |= _x_axis(panel)
     layout["shapes"] = [shaded(band) for band in panel.bands]
+    layout["annotations"] = []
     layout["hovermode"] = "x unified" if panel.stacked else "closest"
     if panel.mark:
-        layout["annotations"] = [_mark(panel.mark)]
+        layout["annotations"].append(_mark(panel.mark))
+        layout["margin"]["t"] = 34
+    if panel.limit:
+        x, name = panel.limit
+        low, high = layout["xaxis"]["range"]
+        layout["shapes"].append(ruler(x, "@fails", "dash"))
+        beyond = x < (low + high) / 2
+        layout["annotations"].append(ruler_name(x, name, "@fails", rightwards=beyond))
         layout["margin"]["t"] = 34
     return {"data": data, "layout": layout}
 
 
 def _x_axis(panel: LinePanel) -> Figure:
+    if panel.x_unit != "number":
+        axis = x_axis(panel)
+        return axis_ticks(axis) | {"range": list(axis.range), "title": axis_title(panel.x_title)}
     low, high = bounds([x for series in panel.series for x in series.x])
     air = 0.0 if panel.bands else 0.015 * (high - low)
     figures: Figure = {"nticks": 6} if panel.x_figures else {"showticklabels": False}
@@ -89,6 +102,7 @@ def _x_axis(panel: LinePanel) -> Figure:
 
 def _curve(series: Series, panel: LinePanel) -> Figure:
     name = label(series.name)
+    where = f"{label(panel.x_title)} %{{x}}<br>" if panel.x_unit == "number" else ""
     trace: Figure = {
         "type": "scatter",
         "mode": "lines+markers" if series.dotted or len(series.x) == 1 else "lines",
@@ -104,7 +118,7 @@ def _curve(series: Series, panel: LinePanel) -> Figure:
             "shape": "hv" if series.stepped else "linear",
         },
         "marker": {"color": f"@{series.colour}", "size": 7},
-        "hovertemplate": f"{name}<br>{label(panel.x_title)} %{{x}}<br>%{{text}}<extra></extra>",
+        "hovertemplate": f"{name}<br>{where}%{{text}}<extra></extra>",
         "text": [label(text) for text in series.details]
         or [format_value(y, panel.unit) for y in series.y],
     }

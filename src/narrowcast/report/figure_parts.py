@@ -8,7 +8,8 @@ from narrowcast.report.axes import Axis
 from narrowcast.report.shapes import Band
 from narrowcast.report.wording import printable
 
-__all__ = ["AXIS_ROOM", "Figure", "axis_ticks", "axis_title", "base_layout", "label", "shaded"]
+__all__ = ["AXIS_ROOM", "Figure", "axis_ticks", "axis_title", "base_layout", "label", "ruler",
+           "ruler_name", "shaded"]  # fmt: skip
 
 Figure = dict[str, Any]
 
@@ -36,6 +37,34 @@ def shaded(band: Band) -> Figure:
         "y1": 1,
         "fillcolor": f"@s-{band.shade}",
         "line": {"width": 0},
+    }
+
+
+def ruler(x: float, colour: str, dash: str) -> Figure:
+    """Draw a vertical line over the whole height."""
+    return {
+        "type": "line",
+        "xref": "x",
+        "yref": "paper",
+        "x0": x,
+        "x1": x,
+        "y0": 0,
+        "y1": 1,
+        "line": {"color": colour, "width": 1.5, "dash": dash},
+    }
+
+
+def ruler_name(x: float, text: str, colour: str, *, rightwards: bool) -> Figure:
+    """Name a vertical line above the picture, to one side of it."""
+    return {
+        "x": x,
+        "y": 1,
+        "yref": "paper",
+        "yanchor": "bottom",
+        "text": label(text),
+        "showarrow": False,
+        "xanchor": "left" if rightwards else "right",
+        "font": {"color": colour, "size": 12},
     }
 
 

@@ -77,7 +77,7 @@ def memory_blocks(record: MemoryRecord) -> tuple[Block, ...]:
     the = "The predicted" if record.predicted else "The"
     size = format_bytes(record.total_peak_bytes)
     peak = f"{the} peak of {size} lies in {record.peak_phase}{where}."
-    lines = (peak, *_break_even(record))
+    lines = (peak, *_reserved(record), *_break_even(record))
     blocks: list[Block] = [Prose(lines=lines), _lines_table(record), _chart(record)]
     if record.allocated_bytes is not None:
         blocks.append(_allocator(record))
@@ -85,6 +85,16 @@ def memory_blocks(record: MemoryRecord) -> tuple[Block, ...]:
     if assumed or record.notes:
         blocks.append(Prose(lines=(*assumed, *record.notes), kind="list"))
     return tuple(blocks)
+
+
+def _reserved(record: MemoryRecord) -> Iterator[str]:
+    """Say what a GPU must have, which is more than its tensors."""
+    if record.predicted and record.reserved_bytes is not None:
+        margin = format_bytes(record.margin_bytes or 0)
+        yield (
+            f"On {record.device} the allocator reserves {format_bytes(record.reserved_bytes)} for "
+            f"it; leave {margin} free beside that."
+        )
 
 
 def _break_even(record: MemoryRecord) -> Iterator[str]:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from narrowcast.records.comparison import ComparisonRecord
 from narrowcast.records.memory import MemoryRecord
+from narrowcast.records.plan import PlanRecord
 from narrowcast.records.run import RunRecord, StepPoint
 from narrowcast.report.comparison_outline import outline_of_comparison
 from narrowcast.report.memory_outline import outline_of_memory
+from narrowcast.report.plan_outline import outline_of_plan
 from narrowcast.report.run_outline import outline_of_run
 from narrowcast.report.shapes import Outline
 
 __all__ = ["Reportable", "outline_of"]
 
-Reportable = ComparisonRecord | RunRecord | MemoryRecord
+Reportable = ComparisonRecord | RunRecord | MemoryRecord | PlanRecord
 
 
 def outline_of(record: Reportable, points: Sequence[StepPoint] = ()) -> Outline:
@@ -23,4 +25,6 @@ def outline_of(record: Reportable, points: Sequence[StepPoint] = ()) -> Outline:
         return outline_of_comparison(record)
     if isinstance(record, RunRecord):
         return outline_of_run(record, points)
+    if isinstance(record, PlanRecord):
+        return outline_of_plan(record)
     return outline_of_memory(record)

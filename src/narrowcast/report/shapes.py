@@ -44,10 +44,10 @@ Shade = Literal["forward", "backward", "optimizer", "harm"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prose:
-    """Sentences: a paragraph each, the items of a list, or warnings that must be seen."""
+    """Sentences: a paragraph each, the items of a list, or warnings that must be seen; or code."""
 
     lines: tuple[str, ...]
-    kind: Literal["paragraphs", "list", "warning"] = "paragraphs"
+    kind: Literal["paragraphs", "list", "warning", "code"] = "paragraphs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +157,10 @@ class LinePanel:
     """Whether positions on the horizontal axis mean anything in figures."""
     mark: tuple[float, float, str] | None = None
     """One named point (x, y, label), such as the peak."""
+    x_unit: Unit = "number"
+    """What positions are counted in; anything but numbers stands in the points' details too."""
+    limit: tuple[float, str] | None = None
+    """A vertical line with its name, such as a budget."""
 
 
 @dataclass(frozen=True, kw_only=True)

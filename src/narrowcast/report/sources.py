@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from narrowcast.errors import NarrowcastError, RunDirectoryError
-from narrowcast.records.codec import loads
-from narrowcast.records.comparison import ComparisonRecord
+from narrowcast.records.codec import RecordError, loads, parse
+from narrowcast.records.comparison import ComparisonRecord, require_whole
 from narrowcast.records.memory import MemoryRecord
+from narrowcast.records.plan import PlanRecord
 from narrowcast.records.run import RunRecord, StepPoint, parse_metrics
 from narrowcast.report.outline import Reportable
 
@@ -22,6 +22,7 @@ _TOLD_BY: dict[str, type[Reportable]] = {
     "protocol": ComparisonRecord,
     "planned_steps": RunRecord,
     "total_peak_bytes": MemoryRecord,
+    "budget_bytes": PlanRecord,
 }
 _IN_DIRECTORIES = ("comparison.json", "run.json", "memory.json")
 _HINT = (
@@ -69,11 +70,9 @@ def _read_directory(path: Path) -> Source:
 def _read_record(path: Path) -> Reportable:
     text = _read_text(path)
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RunDirectoryError(
-            f"{path} is not JSON (line {error.lineno}: {error.msg})", hint=_HINT
-        ) from None
+        data = parse(text, "record")
+    except RecordError as error:
+        raise RunDirectoryError(f"{path} is {error.message}", hint=_HINT) from None
     fields: Sequence[str] = list(data) if isinstance(data, dict) else ()
     kind = next((kind for field, kind in _TOLD_BY.items() if field in fields), None)
     if kind is None:
@@ -86,9 +85,12 @@ def _read_record(path: Path) -> Reportable:
 def _named(path: Path, kind: type[Reportable], text: str) -> Reportable:
     """Read a record, and name the file if it cannot be."""
     try:
-        return loads(kind, text)
+        record = loads(kind, text)
+        if isinstance(record, ComparisonRecord):
+            require_whole(record)
     except NarrowcastError as error:
         raise type(error)(f"{path}: {error.message}", hint=error.hint) from None
+    return record
 
 
 def _read_points(directory: Path) -> tuple[StepPoint, ...]:

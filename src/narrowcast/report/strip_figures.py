@@ -13,6 +13,8 @@ from narrowcast.report.figure_parts import (
     axis_title,
     base_layout,
     label,
+    ruler,
+    ruler_name,
     shaded,
 )
 from narrowcast.report.shapes import Band, Strip, StripPanel, Unit
@@ -107,19 +109,7 @@ def _rulers(panel: StripPanel) -> list[Figure]:
     """Draw the vertical lines: a plain one at zero, a dashed one at the limit."""
     lines = [(0.0, "@ink-soft", "solid")] if panel.zero else []
     lines += [(panel.limit[0], "@fails", "dash")] if panel.limit else []
-    return [
-        {
-            "type": "line",
-            "xref": "x",
-            "yref": "paper",
-            "x0": x,
-            "x1": x,
-            "y0": 0,
-            "y1": 1,
-            "line": {"color": colour, "width": 1.5, "dash": dash},
-        }
-        for x, colour, dash in lines
-    ]
+    return [ruler(*line) for line in lines]
 
 
 def _ruler_names(panel: StripPanel, axis: Axis) -> list[Figure]:
@@ -133,18 +123,7 @@ def _ruler_names(panel: StripPanel, axis: Axis) -> list[Figure]:
         place = (x - low) / (high - low)
         rightwards = x > (other if x == 0 else 0.0)
         rightwards = (rightwards or place < _EDGE) and place <= 1 - _EDGE
-        found.append(
-            {
-                "x": x,
-                "y": 1,
-                "yref": "paper",
-                "yanchor": "bottom",
-                "text": label(text),
-                "showarrow": False,
-                "xanchor": "left" if rightwards else "right",
-                "font": {"color": colour, "size": 12},
-            }
-        )
+        found.append(ruler_name(x, text, colour, rightwards=rightwards))
     return found
 
 

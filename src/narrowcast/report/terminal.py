@@ -74,7 +74,7 @@ def _print(outline: Outline, sections: Sequence[Section], console: Console) -> N
         for block in section.blocks:
             console.print()
             for part in text.block(block):
-                console.print(part)
+                console.print(part, soft_wrap=isinstance(part, _Whole))
     console.print()
     console.print(text(outline.footer, "dim"))
 
@@ -108,6 +108,9 @@ class _Writer:
             yield from self._chart(block)
 
     def _prose(self, block: Prose) -> Iterator[RenderableType]:
+        if block.kind == "code":
+            yield from (_Whole(self(line)) for line in block.lines)
+            return
         sign, style = {"warning": ("!", "yellow"), "list": ("-", "")}.get(block.kind, ("", ""))
         for line in block.lines:
             yield self._hanging(sign, line, style) if sign else self(line)
@@ -172,6 +175,16 @@ class _Writer:
         yield self(chart.summary, "dim")
         for line, colour in sketch(chart, self.width):
             yield _Line(self(line, _COLOURS.get(colour, "")))
+
+
+class _Whole:
+    """A line of code: it goes on past the edge, since what is copied from a terminal must run."""
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+
+    def __rich__(self) -> Text:
+        return self.text
 
 
 class _Line:

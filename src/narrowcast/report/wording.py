@@ -56,7 +56,7 @@ MEANINGS: dict[Verdict, str] = {
     "NON-INFERIOR": "The harm, if there is any, is smaller than the margin.",
     "EQUIVALENT": "The difference is smaller than the margin, in both directions.",
     "WORSE": "The result is worse by more than the margin, and chance does not explain it.",
-    "FAILED": "Runs of this precision diverged on seeds on which the reference did not.",
+    "FAILED": "Runs of this precision diverged or raised on seeds on which the reference did not.",
     "INCONCLUSIVE": "These runs cannot tell harm from chance at this margin.",
     "NOT A PRECISION PROBLEM": "The reference diverges on the same seeds: precision is not why.",
     "NO MARGIN": "No margin was fixed before the runs, so no verdict is given.",

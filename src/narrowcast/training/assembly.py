@@ -90,9 +90,7 @@ def steps_of(recipe: Recipe, options: TrainOptions) -> int:
     return options.steps or recipe.steps
 
 
-def assemble(
-    recipe: Recipe, plan: Plan, options: TrainOptions, device: torch.device
-) -> Assembly:
+def assemble(recipe: Recipe, plan: Plan, options: TrainOptions, device: torch.device) -> Assembly:
     """Build every part, and leave the random states seeded for training.
 
     Raises DataError for empty data, RecipeError for what the recipe does wrong.
@@ -191,4 +189,3 @@ def identity_of(
         **{name: value for name, value in asdict(options).items() if name not in free},
         "versions": {"narrowcast": __version__, "torch": torch.__version__},
     }
-

@@ -128,9 +128,7 @@ def load(path: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, 
     return state
 
 
-def save_weights(
-    path: Path, weights: Mapping[str, Any], *, buffers: Collection[str] = ()
-) -> None:
+def save_weights(path: Path, weights: Mapping[str, Any], *, buffers: Collection[str] = ()) -> None:
     """Export a model's ``state_dict()`` as stored, for any reader of safetensors.
 
     Tied weights are written once; ``metadata[other name] = name`` tells their other names, the

@@ -40,6 +40,8 @@ class EarlySteps:
         self._dtypes_at = {min(DTYPES_AT, steps), steps} if dtypes else set()
         self._memory_at = min(MEMORY_AT, steps) if memory else 0
         self._dtypes = ExecutedDtypes()
+        self._widened_before: int | None = None
+        """What the chunked loss had widened when the watched step began."""
         self._ledger: MemoryLedger | None = None
 
     def measures(self, step: int) -> bool:
@@ -56,6 +58,8 @@ class EarlySteps:
 
     def dtypes(self, step: int) -> AbstractContextManager[object]:
         """Return what to put round forward and backward of each micro-batch of a step."""
+        if step in self._dtypes_at and self._widened_before is None:
+            self._widened_before = self._engine.levers.widened_products()
         return self._dtypes if step in self._dtypes_at else nullcontext()
 
     def inputs(self, batch: Any) -> None:
@@ -88,7 +92,9 @@ class EarlySteps:
         counts = self._dtypes.counts
         unused = unused_islands(self._engine.model, self._dtypes.has_read)
         self._dtypes = ExecutedDtypes()
-        is_honoured, notes = honoured(self._engine.policy, counts, unused)
+        widened = self._engine.levers.widened_products() - (self._widened_before or 0)
+        self._widened_before = None
+        is_honoured, notes = honoured(self._engine.policy, counts, unused, widened=widened)
         if record.precision_honoured is not None and notes != record.precision_notes:
             notes = (*record.precision_notes, *(f"on step {step}: {note}" for note in notes))
         return replace(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from narrowcast.training.determinism import deterministic as only_deterministic
 from narrowcast.training.model_state import adopt_buffers, load_model_state
 from narrowcast.training.randomness import isolated, seed_everything
 
-__all__ = ["evaluate_model", "evaluate_weights", "restored_text"]
+__all__ = ["evaluate_model", "evaluate_weights", "restored_notes"]
 
 
 # What torch calls the value of get_extra_state() in a state dict.
@@ -146,19 +146,20 @@ def evaluate_weights(
         weights=str(weights),
         weights_hash=fingerprint(loaded),
         evaluations=evaluations,
-        warnings=(*engine.notes, *warnings, *restored_text(engine)),
+        warnings=(*engine.notes, *warnings, *restored_notes(engine)),
         environment=environment(device),
     )
 
 
-def restored_text(engine: Engine) -> tuple[str, ...]:
+def restored_notes(engine: Engine) -> tuple[str, ...]:
     """Say which of the model's own writes its evaluations in fp32 have undone."""
     if not engine.restored:
         return ()
-    return (
+    text = (
         f"the model's forward pass writes {', '.join(engine.restored)} in evaluation mode: "
-        "evaluated in fp32 it writes into temporary tensors, and the stored values stay",
+        "evaluated in fp32 it writes into temporary tensors, and the stored values stay"
     )
+    return (text,)
 
 
 def _engine(recipe: Recipe, plan: Plan, device: torch.device) -> Engine:
@@ -200,7 +201,7 @@ def _load(engine: Engine, weights: Mapping[str, Any], buffers: Sequence[str]) ->
 
 def _load_notes(adopted: Sequence[str], kept: Mapping[str, Any]) -> Iterator[str]:
     if adopted:
-        yield f"buffers that the forward pass made or resized came from the file: {', '.join(adopted)}"
+        yield f"buffers that a forward pass made or resized are from the file: {', '.join(adopted)}"
     if kept:
         yield (
             f"{', '.join(kept)} is as built: exported weights hold tensors alone, and what "

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from narrowcast.data import split_batch, to_device
-from narrowcast.engine.engine import StepReport
+from narrowcast.engine.engine import Engine, StepReport
 from narrowcast.errors import NarrowcastError, PrecisionError, RunDirectoryError
 from narrowcast.precision.device import environment, warnings_before_run
 from narrowcast.records.codec import from_json, to_json
@@ -32,10 +32,10 @@ from narrowcast.records.run import RunRecord, Status, StepPoint
 from narrowcast.training import checkpoint
 from narrowcast.training.assembly import Assembly, TrainOptions, steps_of
 from narrowcast.training.early_steps import EarlySteps, PeakMemory
-from narrowcast.training.evaluation import evaluate_model
+from narrowcast.training.evaluation import evaluate_model, restored_notes
 from narrowcast.training.events import Ended, Notice, Observer, Saved, Started
 from narrowcast.training.interruption import Interruption
-from narrowcast.training.model_state import load_model_state, model_state
+from narrowcast.training.model_state import load_model_state, model_state, persistent_buffers
 from narrowcast.training.progress import Progress
 from narrowcast.training.randomness import isolated, random_state, restore_random_state
 from narrowcast.training.run_directory import MetricsLog, RunDirectory
@@ -54,6 +54,8 @@ class _Outcome:
     loss: float
     """Mean over its micro-batches."""
     report: StepReport
+    error: PrecisionError | None = None
+    """What the engine gave up with: the step was tried and skipped, and it was the last."""
 
 
 class Run:
@@ -98,7 +100,8 @@ class Run:
         self.record = record
         self.peak = PeakMemory(self.engine.device, None)
         self.metrics = MetricsLog(self.place.metrics_path)
-        for text in (*warnings, *self.engine.levers.notes, *self._cautions()):
+        engine = self.engine
+        for text in (*warnings, *engine.notes, *engine.levers.notes, *self._cautions()):
             self.notice(text)
 
     def go_on(self, state: dict[str, Any]) -> None:
@@ -193,6 +196,9 @@ class Run:
         self.metrics.append(*found)
         for evaluation in found:
             self.observe(evaluation)
+        for text in restored_notes(self.engine):
+            if text not in self.record.warnings:
+                self.notice(text)
 
     def _take_step(self) -> None:
         step = self.step + 1
@@ -221,6 +227,8 @@ class Run:
         self.progress.add(point)
         self.metrics.append(point)
         self.observe(point)
+        if outcome.error is not None:
+            raise outcome.error
 
     def _micro_batches(self, step: int) -> _Outcome:
         """Forward and backward for each micro-batch, and the step that the last one closes."""
@@ -234,11 +242,16 @@ class Run:
                 with user_code(self.parts.recipe.path, "the backward pass"):
                     self.engine.backward(loss)
             losses.append(loss.detach())
-            with user_code(self.parts.recipe.path, "the step of optimizer and scheduler"):
-                report = self.engine.step()
+            try:
+                with user_code(self.parts.recipe.path, "the step of optimizer and scheduler"):
+                    report, error = self.engine.step(), None
+            except PrecisionError as gave_up:
+                if self.engine.tried_steps() != step:
+                    raise
+                report, error = _last_skip(self.engine), gave_up
             if report.complete:
                 mean = sum(value.item() for value in losses) / len(losses)
-                return _Outcome(mean, report)
+                return _Outcome(mean, report, error)
 
     def _next_micro_batch(self) -> Any:
         """Return the next part of a batch on the device; the ids are let go at once.
@@ -315,7 +328,12 @@ class Run:
                 f"at loss scale {last.loss_scale:g}",
                 hint="train for more steps, so that the loss scale can come down, or in bf16",
             )
-        checkpoint.save_weights(self.place.weights_path, self.engine.weights())
+        weights = self.engine.weights()
+        checkpoint.save_weights(
+            self.place.weights_path,
+            weights,
+            buffers=persistent_buffers(self.engine.model, weights),
+        )
 
     def _warn_of_nonfinite_metrics(self) -> None:
         """Say which final metrics are no numbers: the steps were taken, and came to nothing."""
@@ -343,3 +361,14 @@ class Run:
 
     def _tell_end(self) -> None:
         self.observe(Ended(record=self.record, stop_asked=self.interruption.requested))
+
+
+def _last_skip(engine: Engine) -> StepReport:
+    """Return the report of the step with which the engine gave up, from its ledger."""
+    skip = engine.skips[-1]
+    return StepReport(
+        reason=skip.reason,
+        step=skip.step,
+        loss_scale=skip.loss_scale,
+        parameters=skip.parameters,
+    )

@@ -1,8 +1,8 @@
-"""A model's weights and buffers as a checkpoint holds them, whatever its forward pass made of them.
+"""A model's weights and buffers as a checkpoint holds them, whatever a forward pass made of them.
 
-A forward pass may register a buffer, let one grow, drop it, or put one of another dtype in its place
-(a cache, a table of positions). A model that is built anew has none of that, so before weights are
-loaded its buffers are made to be those that were saved.
+It may register a buffer, let one grow, drop it, or put one of another dtype in its place (a cache,
+a table of positions). A model that is built anew has none of that, so before weights are loaded its
+buffers are made to be those that were saved.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ def _place(
     """Write a value into the buffer that is there, or put it in its place, or register one."""
     owner, leaf = _owner(model, name), _leaf(name)
     own = owner._buffers.get(leaf)
-    fits = own is not None and value is not None
-    if fits and (own.shape, own.dtype) == (value.shape, value.dtype):
+    if own is not None and value is not None and _alike(own, value):
         own.data.copy_(value)
         return
     placed = None if value is None else value.to(device)
@@ -103,6 +102,10 @@ def _place(
         )
     else:
         owner.register_buffer(leaf, placed, persistent=persistent)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

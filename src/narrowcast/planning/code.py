@@ -1,0 +1,100 @@
+"""A chosen plan as something to run: a command, and ten lines of Python for one's own loop."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from narrowcast import recipes
+from narrowcast.plan import OWN, Plan
+from narrowcast.policy import Policy
+from narrowcast.recipes import BUILTIN
+from narrowcast.recipes.load import Recipe, option_values
+
+__all__ = ["code_of", "command_of"]
+
+
+def command_of(recipe: Recipe, overrides: Sequence[str] | None, file: str) -> str:
+    """Return the command that trains a recipe, with these options, by the plan in `file`."""
+    builtin = recipe.name in BUILTIN and recipe.path.parent == Path(recipes.__file__).parent
+    words = ["narrowcast", "train", recipe.name if builtin else str(recipe.path)]
+    for override in _changed(recipe) if overrides is None else overrides:
+        words += ["--set", override]
+    return shlex.join([*words, "--plan", file])
+
+
+def _changed(recipe: Recipe) -> list[str]:
+    """List the options that are not as the recipe has them by itself."""
+    usual = type(recipe.options)()
+    return [
+        f"{name}={'none' if value is None else value}"
+        for name, value in option_values(recipe).items()
+        if value != getattr(usual, name)
+    ]
+
+
+def code_of(plan: Plan, optimizer: str) -> str:
+    """Return Python that trains by the plan; `optimizer` is the class of ours, such as 'AdamW'."""
+    names = ["ActivationRule", "Plan"] if plan.activations else ["Plan"]
+    lines = [
+        "import narrowcast",
+        *(["from narrowcast.data import split_batch"] if plan.micro_batches > 1 else []),
+        f"from narrowcast.plan import {', '.join(names)}",
+        "from narrowcast.policy import Policy",
+        "",
+        f"policy = {_call(plan.policy)}",
+        f"plan = {_call(plan)}",
+        _optimizer_line(plan, optimizer),
+        "engine = narrowcast.Engine(model, optimizer, plan)",
+    ]
+    return "\n".join([*lines, *_loop(plan)]) + "\n"
+
+
+def _optimizer_line(plan: Plan, optimizer: str) -> str:
+    if plan.weights == OWN:
+        return "# optimizer: yours, as it is"
+    return (
+        f"optimizer = narrowcast.{optimizer}(model.parameters(), lr=1e-3, "
+        f"weights={plan.weights!r}, states={plan.states!r})"
+    )
+
+
+def _loop(plan: Plan) -> list[str]:
+    body = [
+        "with engine.forward():",
+        "    loss = compute_loss(model, batch)",
+        "engine.backward(loss)",
+        "engine.step()",
+    ]
+    if plan.micro_batches == 1:
+        return ["for batch in batches:", *(f"    {line}" for line in body)]
+    return [
+        "for whole in batches:",
+        f"    for batch in split_batch(whole, {plan.micro_batches}):",
+        *(f"        {line}" for line in body),
+    ]
+
+
+def _call(value: Plan | Policy) -> str:
+    """Write a plan or a policy as the call that makes it, without what it is by itself."""
+    given = {f.name: getattr(value, f.name) for f in fields(value)}
+    shown = [
+        f"{f.name}={'policy' if f.name == 'policy' else _literal(given[f.name])}"
+        for f in fields(value)
+        if given[f.name] != _default(f)
+    ]
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, tuple) and value:
+        items = ", ".join(_literal(item) for item in value)
+        return f"({items},)"
+    return repr(value)
+
+
+def _default(field: Field[Any]) -> Any:
+    return None if field.default is MISSING else field.default

@@ -1,0 +1,317 @@
+"""From a recipe and a budget to the fastest plan that fits, with all that was weighed.
+
+Nothing is searched blindly. Every plan gets an estimate of its peak (``peaks``) and of its speed
+(``speeds``, or ``roofline`` for a device that is not there); from the fastest on, peaks are settled
+until a handful of plans is left that fit and could be the choice; these take whole steps in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from narrowcast.errors import NarrowcastError, UsageError
+from narrowcast.plan import Plan
+from narrowcast.planning.axes import effects_of, loss_of
+from narrowcast.planning.choice import Candidate, choose, frontier, worth_a_look
+from narrowcast.planning.code import code_of, command_of
+from narrowcast.planning.peaks import Peaks, model_without_contents, with_data_at_hand
+from narrowcast.planning.place import Place, place_named
+from narrowcast.planning.roofline import Roofline
+from narrowcast.planning.space import Space, candidates, policies_for, space_of
+from narrowcast.planning.speeds import Speeds, StepTimes
+from narrowcast.policy import Policy
+from narrowcast.precision.device import environment
+from narrowcast.prediction.targets import target_named
+from narrowcast.prediction.trace import Stage
+from narrowcast.profiling import first_batch
+from narrowcast.recipes.load import Recipe, load_recipe, option_values
+from narrowcast.records.codec import to_json
+from narrowcast.records.plan import PlanPoint, PlanRecord
+from narrowcast.units import format_bytes
+
+__all__ = ["Planner", "plan_recipe"]
+
+Say = Callable[[str], None]
+_FINALISTS = 5
+# By how much estimates of a step's seconds have been seen to err; what lies within is measured.
+_SLACK = 0.3
+# A guess at a peak between two traces can lie this much too high.
+_GUESS = 1.05
+_LEAST_TRIED = 4
+"""Plans whose peaks are settled before a budget is called impossible."""
+
+
+def _silent(_: str) -> None:
+    """Tell nobody."""
+
+
+def plan_recipe(
+    recipe: Recipe | str | Path,
+    budget_bytes: int,
+    *,
+    device: str | None = None,
+    precisions: Sequence[str] = ("auto",),
+    keep_batch: bool = False,
+    release: bool = True,
+    options: Sequence[str] = (),
+    file: str = "plan.json",
+    say: Say = _silent,
+) -> PlanRecord:
+    """Return the fastest plan of a recipe whose predicted peak fits, and the frontier.
+
+    `options` are ``name=value`` for a recipe that is given by name or path. `keep_batch` forbids
+    micro-batches, `release` allows gradient release. `file` is where the record will be, for the
+    command that it tells. Raises UsageError, with the least that fits, for an impossible budget.
+    """
+    if isinstance(recipe, Recipe):
+        planner = Planner(recipe, device=device, precisions=precisions, keep_batch=keep_batch,
+                          release=release, say=say)  # fmt: skip
+        return planner.plan(budget_bytes, file=file)
+    planner = Planner(load_recipe(recipe, options), device=device, precisions=precisions,
+                      keep_batch=keep_batch, release=release, say=say)  # fmt: skip
+    return planner.plan(budget_bytes, file=file, options=options)
+
+
+class Planner:
+    """Plans one recipe on one device for any budget; what is traced and timed serves all."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        device: str | None = None,
+        precisions: Sequence[str] = ("auto",),
+        keep_batch: bool = False,
+        release: bool = True,
+        seed: int = 0,
+        say: Say = _silent,
+    ) -> None:
+        self._place: Place = place_named(device)
+        self._recipe = with_data_at_hand(recipe)
+        self._precisions = tuple(precisions)
+        self._keep_batch = keep_batch
+        self._say = say
+        self._notes: list[str] = []
+        self._known: dict[Plan, Candidate] = {}
+        """Plans whose peak is settled, and among them those whose steps were taken."""
+        self._unfit: set[Plan] = set()
+        """Plans that cannot be traced or run here."""
+        policies = policies_for(target_named(self._place.target), precisions)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            data, batch = first_batch(self._recipe, recipe.batch_size, seed)
+            self._peaks = Peaks(self._recipe, self._place.target, batch, say=say)
+            self._space = self._surveyed(policies, release=release)
+        first = Plan(name="first", policy=self._space.policies[0])
+        if self._place.device is not None:
+            self._times = StepTimes(self._recipe, self._place.device, data, batch, say=say)
+            self._speeds: Speeds | Roofline = Speeds(self._times, first)
+        else:
+            self._speeds = Roofline(
+                self._recipe, self._place.target, batch, data=data,
+                held=self._peaks.bytes_held, say=say,
+            )  # fmt: skip
+        self._ranked: list[Candidate] = []
+
+    def plan(
+        self, budget_bytes: int, *, file: str = "plan.json", options: Sequence[str] | None = None
+    ) -> PlanRecord:
+        """Return the record for a budget. Raises UsageError, with the least that fits."""
+        began = time.perf_counter()
+        if not self._ranked:
+            self._ranked = self._estimated()
+        finalists = self._finalists(budget_bytes)
+        chosen, noise, why = choose(finalists)
+        return self._record(
+            chosen, budget_bytes, noise=noise, why=why,
+            command=command_of(self._recipe, options, file),
+            seconds=time.perf_counter() - began,
+        )  # fmt: skip
+
+    def _surveyed(self, policies: tuple[Policy, ...], *, release: bool) -> Space:
+        stage = Stage()
+        model = model_without_contents(self._recipe, stage)
+        with stage:
+            space = space_of(
+                self._recipe,
+                model,
+                policies,
+                batch_size=self._peaks.batch_size,
+                keep_batch=self._keep_batch,
+                release=release,
+                # What the bus costs is measured, and in no roofline.
+                offload=self._place.device is not None and self._place.device.type == "cuda",
+            )
+        self._notes += space.notes
+        return self._without_idle_loss(space)
+
+    def _without_idle_loss(self, space: Space) -> Space:
+        """Leave the chunked loss out where it saves nothing, with all activations or the fewest."""
+        if len(space.losses) == 1:
+            return space
+        for activations in (space.activations[0], space.activations[-1]):
+            plan = Plan(name="trial", policy=space.policies[0], activations=activations)
+            whole = self._peaks.guess(plan, (1,))
+            if self._peaks.guess(replace(plan, loss="chunked"), (1,)) < 0.99 * whole:
+                return space
+        self._notes.append("chunked loss saves nothing here: the logits are a small part")
+        return replace(space, losses=space.losses[:1])
+
+    def _estimated(self) -> list[Candidate]:
+        """Estimate peak and speed of every candidate; the fastest first."""
+        found = []
+        for plan in candidates(self._space):
+            try:
+                size = self._peaks.guess(plan, self._space.micro_batches)
+            except NarrowcastError as error:
+                self._leave_out(plan, error)
+                continue
+            found.append(self._candidate(plan, size))
+        if not found:
+            raise UsageError(
+                f"no step of {self._recipe.name} can be predicted: {self._notes[-1]}",
+                hint="`narrowcast memory` measures a step with real tensors",
+            )
+        return sorted(found, key=lambda c: (c.seconds, c.loss, c.levers, c.bytes))
+
+    def _candidate(self, plan: Plan, size: int) -> Candidate:
+        batch_norm = self._space.batch_norm
+        return Candidate(
+            plan=plan,
+            bytes=size,
+            traced=False,
+            seconds=self._speeds.of(plan),
+            speed="estimated" if self._place.device is not None else "roofline",
+            loss=loss_of(plan, batch_norm=batch_norm),
+            levers=len(effects_of(plan, batch_norm=batch_norm)),
+        )
+
+    def _leave_out(self, plan: Plan, error: NarrowcastError) -> None:
+        self._unfit.add(plan)
+        note = f"left out {plan.name} and its like: {error.message.splitlines()[0]}"
+        if all(error.message.splitlines()[0] not in known for known in self._notes):
+            self._notes.append(note)
+
+    def _settled(self, candidate: Candidate, budget: int) -> Candidate | None:
+        """Settle a plan's peak; None if it does not fit."""
+        plan = candidate.plan
+        if plan in self._unfit or candidate.bytes > _GUESS * budget:
+            return None
+        if plan not in self._known:
+            try:
+                need = self._peaks.need(plan)
+            except NarrowcastError as error:
+                self._leave_out(plan, error)
+                return None
+            self._known[plan] = replace(candidate, bytes=need.bytes, traced=need.traced)
+        known = self._known[plan]
+        return known if max(known.bytes, known.measured_bytes or 0) <= budget else None
+
+    def _finalists(self, budget: int) -> list[Candidate]:
+        """Return plans that fit, measured where that can be."""
+        while True:
+            ranked = sorted(
+                (self._known.get(c.plan, c) for c in self._ranked), key=lambda c: c.seconds
+            )
+
+            def fits(candidate: Candidate) -> Candidate | None:
+                return self._settled(candidate, budget)
+
+            found = worth_a_look(ranked, fits, most=_FINALISTS, slack=_SLACK)
+            if not found:
+                raise self._impossible(budget)
+            alone = next((c for c in ranked if c.levers == 1 and fits(c) is not None), None)
+            names = dict.fromkeys(c.plan for c in found)
+            names |= dict.fromkeys([alone.plan] if alone is not None else [])
+            names |= {p: None for p, c in self._known.items() if c.speed == "measured" and fits(c)}
+            self._measure([plan for plan in names if self._known[plan].speed == "estimated"])
+            fitting = [c for plan in names if (c := fits(self._known[plan])) is not None]
+            if fitting:
+                return fitting
+
+    def _measure(self, plans: list[Plan]) -> None:
+        if self._place.device is None or not plans:
+            return
+        assert isinstance(self._speeds, Speeds)
+        for plan, measured in self._times.of_finalists(plans).items():
+            known = self._known[plan]
+            if measured.peak_bytes > known.bytes:
+                self._notes.append(
+                    f"{plan.name} took {measured.peak_bytes:,} bytes where {known.bytes:,} were "
+                    "predicted"
+                )
+            self._known[plan] = replace(
+                known,
+                seconds=measured.seconds,
+                speed="measured",
+                spread=measured.spread,
+                measured_bytes=measured.peak_bytes,
+            )
+
+    def _impossible(self, budget: int) -> UsageError:
+        """Say which plan takes the least, and how much that is."""
+        smallest = sorted(self._ranked, key=lambda c: c.bytes)
+        tried = [
+            settled
+            for c in [c for c in smallest if c.plan not in self._unfit][:_LEAST_TRIED]
+            if (settled := self._settled(c, c.bytes * 1000)) is not None
+        ]
+        least = min(tried, key=lambda c: c.bytes)
+        batch = " while the batch is kept whole" if self._keep_batch else ""
+        return UsageError(
+            f"nothing trains {self._recipe.name} (batch {self._peaks.batch_size}) in "
+            f"{format_bytes(budget)}{batch}: the least that fits is {format_bytes(least.bytes)} "
+            f"({least.bytes:,} bytes), with {least.plan.name}",
+            hint="allow that much, or choose a smaller model or batch with --set"
+            + (", or leave --keep-batch out" if self._keep_batch else ""),
+        )
+
+    def _record(
+        self, chosen: Candidate, budget: int, *, noise: float, why: str, command: str,
+        seconds: float,
+    ) -> PlanRecord:  # fmt: skip
+        everything = [self._known.get(c.plan, c) for c in self._ranked if c.plan not in self._unfit]
+        kinds = [c.speed for c in everything]
+        optimizer = self._peaks.rule(chosen.plan)
+        return PlanRecord(
+            recipe=self._recipe.name,
+            options=option_values(self._recipe),
+            batch_size=self._peaks.batch_size,
+            budget_bytes=budget,
+            margin_bytes=self._peaks.margin(),
+            keep_batch=self._keep_batch,
+            precisions=self._precisions,
+            chosen=_point(chosen),
+            why=why,
+            effects=effects_of(chosen.plan, batch_norm=self._space.batch_norm),
+            frontier=tuple(map(_point, frontier(everything))),
+            considered=len(self._ranked),
+            traced=self._peaks.traced,
+            measured=kinds.count("measured"),
+            noise=noise,
+            notes=tuple(self._notes),
+            command=command,
+            code=code_of(chosen.plan, optimizer),
+            device=self._place.name,
+            seconds=seconds,
+            environment=environment(self._place.device or torch.device("cpu")),
+        )
+
+
+def _point(candidate: Candidate) -> PlanPoint:
+    return PlanPoint(
+        name=candidate.plan.name,
+        plan=to_json(candidate.plan),
+        exact=candidate.loss == 0,
+        predicted_bytes=candidate.bytes,
+        traced=candidate.traced,
+        seconds=candidate.seconds,
+        speed=candidate.speed,
+        spread=candidate.spread,
+        measured_bytes=candidate.measured_bytes,
+    )

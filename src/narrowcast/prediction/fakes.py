@@ -1,0 +1,159 @@
+"""What torch and our optimizers do otherwise, or needlessly, with tensors that have no contents.
+
+Both contexts change module-level functions for as long as they are open, for fake tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from narrowcast import rounding
+from narrowcast.optim import dispatch, narrow, step
+from narrowcast.optim.masters import write_master
+from narrowcast.optim.states import SMALL
+
+__all__ = ["OwnNoise", "modules_of_fakes", "work_that_differs"]
+
+
+@contextmanager
+def modules_of_fakes() -> Iterator[None]:
+    """Let modules of fake parameters be moved, cast and deep-copied as real ones are.
+
+    ``Module._apply`` swaps fake tensors, which an optimizer's reference forbids: here it sets
+    ``data``. What torch makes of a deep copy has two storages, its own and its views', and all
+    addresses are 0.
+    """
+    original: Callable[..., nn.Module] = nn.Module._apply
+
+    def apply(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002
+        own = [p for p in module._parameters.values() if p is not None]
+        if not all(isinstance(p, FakeTensor) for p in own):
+            return original(module, convert, recurse)
+        if recurse:
+            for child in module.children():
+                child._apply(convert)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for parameter in own:
+                _convert(parameter, convert)
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = buffer if buffer is None else convert(buffer)
+        return module
+
+    with (
+        _replaced(nn.Module, _apply=apply),
+        _replaced(FakeTensor, __deepcopy__=_deep_copy, data_ptr=_address),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Put functions in the place of an owner's own ones, or beside inherited ones."""
+    own = {name: vars(owner)[name] for name in functions if name in vars(owner)}
+    for name, function in functions.items():
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for name in functions:
+            if name in own:
+                setattr(owner, name, own[name])
+            else:
+                delattr(owner, name)
+
+
+def _address(tensor: FakeTensor) -> int:
+    """Return what tells two tensors in different places apart, as an address does."""
+    offset = tensor.storage_offset() * tensor.element_size()
+    return int(tensor.untyped_storage()._cdata + offset)
+
+
+def _convert(parameter: nn.Parameter, convert: Callable[[Tensor], Tensor]) -> None:
+    converted = convert(parameter)
+    if converted is not parameter:
+        parameter.data = converted
+    if parameter.grad is not None:
+        parameter.grad = convert(parameter.grad)
+
+
+def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    if id(tensor) not in memo:
+        copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+    found: Tensor = memo[id(tensor)]
+    return found
+
+
+class OwnNoise:
+    """Context in which the tile of noise that ``rounding`` keeps for a device is this object's own.
+
+    A fake one must not be found by a training afterwards, nor a real one by a trace.
+    """
+
+    def __init__(self) -> None:
+        self._tile = cache(rounding._first_round.__wrapped__)
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(_replaced(rounding, _first_round=self._tile))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
+
+
+@contextmanager
+def work_that_differs() -> Iterator[None]:
+    """Let a narrow optimizer update, of what makes and frees the same, only the first.
+
+    It goes through a tensor range by range (``optim.step``), with nothing alive between two ranges,
+    and through tensors of one size and store alike. GPT-2 has two thousand ranges, and an operation
+    on fake tensors takes as long on few elements as on many. The last range, which may be shorter,
+    is kept. Weights that have no contents need not be written when the optimizer is made.
+    """
+    update, part, advance = step.update, step._part, step._advance
+
+    def write(store: Any, value: Tensor, weight: Tensor, remainder: Tensor | None) -> None:
+        if not isinstance(weight, FakeTensor):
+            write_master(store, value, weight, remainder)
+
+    def representatives(rule: Any, items: Sequence[step.Item]) -> None:
+        update(rule, _that_differ(items) if _are_fake(items) else items)
+
+    def make(item: step.Item, start: int, stop: int) -> Any:
+        is_alike = start > 0 and stop < item.parameter.numel()
+        return None if is_alike and _are_fake([item]) else part(item, start, stop)
+
+    def go(rule: Any, parts: list[Any]) -> None:
+        if parts[0] is not None:
+            advance(rule, parts)
+
+    with (
+        _replaced(dispatch, update=representatives),
+        _replaced(step, _part=make, _advance=go),
+        _replaced(narrow, write_master=write),
+    ):
+        yield
+
+
+def _are_fake(items: Sequence[step.Item]) -> bool:
+    return all(isinstance(item.parameter, FakeTensor) for item in items)
+
+
+def _that_differ(items: Sequence[step.Item]) -> list[step.Item]:
+    """Return the small items, which are updated together, and one of all large ones alike."""
+    kept: dict[Hashable, step.Item] = {}
+    for item in items:
+        weight, gradient = item.parameter, item.gradient
+        is_small = weight.numel() < SMALL
+        alike = weight.shape, weight.stride(), gradient.stride(), gradient.dtype, item.numbers
+        kept.setdefault(item.ordinal if is_small else alike, item)
+    return list(kept.values())
