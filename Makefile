@@ -26,9 +26,13 @@ check: $(VENV)/.dev
 gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu -q
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=src $(PYTHON) benchmarks/optimizer_step.py --device cuda
 
 bench: $(VENV)/.peers
+	$(PIP) -e '.[bench]'
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/optimizer_step.py
+	$(BIN)/python benchmarks/memory_ladder.py
 
 format: $(VENV)/.dev
 	$(BIN)/python -m ruff format .

@@ -99,7 +99,7 @@ def peer_row(case: str, recipe: Recipe, name: str, build: Callable[..., Any]) ->
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    except Exception as error:  # noqa: BLE001 -- a peer may fail in any way; the row says how
+    except Exception as error:
         return {**found, "absent": f"{type(error).__name__}: {str(error).splitlines()[0]:.120}"}
     assert ledger is not None
     record = ledger.record(batch_size=batch_len(batch))

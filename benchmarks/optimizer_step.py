@@ -238,6 +238,7 @@ def measure(name: str, device: torch.device, rounds: int) -> list[Row]:
         except Exception as error:
             row.note = f"{type(error).__name__}: {error}"[:120].replace("\n", " ")
             continue
+        print(f"{name}: {label}", flush=True)
         row.bytes_per_parameter = round(bytes_held(owned, optimizer) / count, 4)
         if device.type == "cpu" and label.startswith("torchao"):
             row.note = "temporaries not watched: the step is compiled"

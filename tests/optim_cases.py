@@ -30,6 +30,8 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (CHUNK + 1,),
     (300, 257),
 )
+# For tests on all rules and stores: one of each kind, and one that takes a second range.
+FEW: tuple[tuple[int, ...], ...] = ((0,), (31, 3), (SMALL - 1,), (SMALL + 1,), (CHUNK + 33,))
 
 Make = Callable[..., NarrowOptimizer]
 RULES: dict[str, tuple[Make, dict[str, Any]]] = {

@@ -9,6 +9,7 @@ from typing import Any
 from narrowcast.records.codec import loads
 from narrowcast.records.comparison import ComparisonRecord
 from narrowcast.records.memory import MemoryRecord
+from narrowcast.records.plan import PlanRecord
 from narrowcast.records.run import RunRecord, StepPoint, parse_metrics
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -17,6 +18,7 @@ KINDS: dict[str, Any] = {
     "comparison_bad": ComparisonRecord,
     "run": RunRecord,
     "memory": MemoryRecord,
+    "plan": PlanRecord,
 }
 
 HOSTILE = (
@@ -24,7 +26,7 @@ HOSTILE = (
     "<a href='javascript:hit=1'>[red]%{x}&lt;{{7*7}}\x1b[31m\u202e\n@p-fp16"
 )
 # Fields whose values are words of ours, not a user's.
-_OURS = {"verdict", "reason", "status", "kind", "direction", "margin_kind"}
+_OURS = {"verdict", "reason", "status", "kind", "direction", "margin_kind", "speed"}
 
 
 def golden(name: str) -> Any:

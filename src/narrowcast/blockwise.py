@@ -101,6 +101,7 @@ class BlockCode:
         magnitude = ratio.abs() if self.signed else ratio
         # In units in which the grid points are the squares (fourth powers) of integers.
         target = (magnitude * float(top**2 if self.signed else top**4)).nan_to_num_(0.0, 0.0, 0.0)
+        least = target.clamp(max=1.0).ceil_()  # 1 for what is above zero
         low = target.sqrt()
         low = (low if self.signed else low.sqrt_()).floor_().clamp_(max=top - 1)
         square = low * low
@@ -111,10 +112,9 @@ class BlockCode:
             gap = twice.mul_((square * 2.0).add_(low * 2.0).add_(1.0))
             fraction = target.sub_(square.mul_(square)).div_(gap)
         threshold = 0.5 if noise is None else noise.to(torch.float32).add_(0.5).mul_(2.0**-16)
-        low.add_(fraction > threshold)
-        if self.signed:
-            return low.copysign_(ratio)
-        return torch.maximum(low, (ratio > 0).to(torch.float32), out=low)
+        # Up by one where the fraction is above the threshold; comparisons would be slower.
+        low.add_(fraction.sub_(threshold).ceil_().clamp_(0.0, 1.0))
+        return low.copysign_(ratio) if self.signed else torch.maximum(low, least, out=low)
 
     def _unpack(self, codes: Tensor, numel: int) -> Tensor:
         if self.bits == 8:

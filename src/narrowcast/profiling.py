@@ -1,12 +1,10 @@
 """The ledger of one steady training step of a recipe, and where autocast begins to pay.
 
-The third step is measured: the first makes the optimizer's state, the second is the first that
-looks like all others. The step is the engine's own, so gradients are there from backward until the
-update and nowhere else.
+The third step is measured: the first makes the optimizer's state, the second looks like all others.
+The step is the engine's own, so gradients are there from backward until the update.
 
-For autocast policies the same step is measured in fp32 too, and forward and backward at other batch
-sizes until the break-even is known (``break_even``). ``prediction`` takes the same steps on the
-same bench, with tensors that have sizes and no contents.
+For autocast policies it is measured in fp32 too, and forward and backward at other batch sizes until
+the break-even is known. ``prediction`` takes the same steps on fake tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from narrowcast.policy import Policy, policy_named
 from narrowcast.precision.cast import backward_context, forward_context, numeric_settings
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.memory import BreakEven, MemoryRecord
+from narrowcast.user_code import user_code
 
 __all__ = [
     "Bench",
@@ -112,6 +112,7 @@ class Bench:
     engine: Engine
     loss: Callable[[nn.Module, Any], Tensor]
     batch: Any
+    path: Path | None = None
     batch_of: Callable[[int], Any]
     """Returns a batch of another size, on the CPU."""
     stepping: AbstractContextManager[Any]
@@ -134,6 +135,7 @@ class Bench:
         optimizer = planned_optimizer(recipe.build_optimizer(model), model, plan)
         return cls(
             name=recipe.name,
+            path=recipe.path,
             plan=plan,
             model=model,
             optimizer=optimizer,
@@ -170,9 +172,10 @@ class Bench:
         for part in split_batch(self.batch, self.plan.micro_batches):
             with self.engine.forward():
                 loss = self.loss(self.model, part)
-            with self.stepping if self.plan.gradients == "release" else nullcontext():
+            released = self.stepping if self.plan.gradients == "release" else nullcontext()
+            with released, user_code(self.path, "the backward pass"):
                 self.engine.backward(loss)
-            with self.stepping:
+            with self.stepping, user_code(self.path, "the step of the optimizer"):
                 applied = self.engine.step().applied
         return applied
 

@@ -18,7 +18,8 @@ in whatever order, chunks and device a step is carried out.
 
 from __future__ import annotations
 
-from functools import cache
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,9 +82,24 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-@cache
+_TABLES: dict[torch.device, Tensor] = {}
+_FAKE_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Tables of fake tensors, which must not outlive their mode nor meet real ones."""
+
+
+def _table(device: torch.device) -> Tensor:
+    """Return the first round's table on a device, made once and held: 256 KiB."""
+    mode = getattr(torch.empty(0, device=device), "fake_mode", None)
+    tables = _TABLES if mode is None else _FAKE_TABLES.setdefault(mode, {})
+    if device not in tables:
+        tables[device] = _first_round(device)
+    return tables[device]
+
+
 def _first_round(device: torch.device) -> Tensor:
-    """Return the hash of every index within a tile, int32, 256 KiB held per device."""
+    """Return the hash of every index within a tile, int32."""
     word = torch.arange(NOISE_TILE, dtype=torch.int64, device=device)
     word ^= word >> 16
     word = (word * 0x7FEB352D).bitwise_and_(_WORD)
@@ -100,7 +116,7 @@ def noise16(key: int, start: int, count: int, device: torch.device) -> Tensor:
     Over random keys each element's number is exactly uniform: key xor constant is uniform, and
     multiplication by an odd number permutes the words.
     """
-    table = _first_round(device)
+    table = _table(device)
     out = torch.empty(count, dtype=torch.int32, device=device)
     done = 0
     while done < count:

@@ -282,7 +282,12 @@ def run() -> RunRecord:
         recipe="fashion",
         options={"model": "resnet", "batch_size": 64, "lr": 0.002},
         precision="fp16",
-        plan={"name": "fp16", "policy": {"name": "fp16", "param": "fp32", "compute": "fp16", "keep_fp32": ["BatchNorm2d"]}},
+        plan={
+            "name": "fp16",
+            "policy": {
+                "name": "fp16", "param": "fp32", "compute": "fp16", "keep_fp32": ["BatchNorm2d"]
+            },
+        },
         seed=42,
         planned_steps=STEPS,
         completed_steps=STEPS,

@@ -12,7 +12,7 @@ from torch import nn
 from narrowcast.optim.adamw import AdamW
 from narrowcast.optim.lion import Lion
 from narrowcast.optim.sgd import SGD
-from optim_cases import RULES, held, parameters, same_bits, train
+from optim_cases import FEW, RULES, held, parameters, same_bits, train
 
 CASES: list[tuple[Any, Any, dict[str, Any]]] = [
     (AdamW, torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
@@ -97,7 +97,7 @@ def test_a_step_does_not_depend_on_what_steps_with_it(rule: str, weights: str, s
     """All parameters together, or one by one in another order: the same bits, noise included."""
     make, options = RULES[rule]
     torch.manual_seed(3)
-    owned = parameters()
+    owned = parameters(FEW)
     together = make(owned, **options, weights=weights, states=states)
     apart = copy.deepcopy(together)
     others = apart.param_groups[0]["params"]
@@ -117,14 +117,14 @@ def test_a_step_does_not_depend_on_what_steps_with_it(rule: str, weights: str, s
 def test_going_on_from_a_state_dict_is_exact(rule: str, weights: str, states: str) -> None:
     """Six steps are three, a saved state, and three: weights, states, noise, all bits."""
     make, options = RULES[rule]
-    owned = parameters()
+    owned = parameters(FEW)
     optimizer = make(owned, **options, weights=weights, states=states)
     train(optimizer, owned, range(3))
     saved = copy.deepcopy(optimizer.state_dict())
     weights_saved = [p.detach().clone() for p in owned]
     train(optimizer, owned, range(3, 6))
 
-    fresh = parameters(seed=9)
+    fresh = parameters(FEW, seed=9)
     torch.manual_seed(99)  # another seed, which the saved one must replace
     resumed = make(fresh, **options, weights=weights, states=states)
     with torch.no_grad():

@@ -333,7 +333,7 @@ def test_a_second_engine_of_another_policy_is_refused() -> None:
     """It would take the first one's casts away; the first works on as before."""
     engine, _ = one_step("bf16-true")
 
-    with pytest.raises(UsageError, match="belongs to an engine with precision 'bf16-true'") as caught:
+    with pytest.raises(UsageError, match="to an engine with precision 'bf16-true'") as caught:
         Engine(engine.model, sgd(engine.model), "fp32")
 
     assert caught.value.hint

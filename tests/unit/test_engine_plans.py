@@ -1,4 +1,4 @@
-"""An engine carries out a whole plan: stores, masters, levers, micro-batches, and says what it did."""
+"""An engine carries out a whole plan: stores, masters, levers, micro-batches, and says so."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def batch(seed: int = 1) -> tuple[Tensor, Tensor]:
 def built(plan: Plan, seed: int = 0, **options: Any) -> Engine:
     torch.manual_seed(seed)
     model = Stack()
-    optimizer = AdamW(
-        model.parameters(), lr=1e-2, weights=plan.weights, states=plan.states
-    )
+    optimizer = AdamW(model.parameters(), lr=1e-2, weights=plan.weights, states=plan.states)
     return Engine(model, optimizer, plan, **options)
 
 
@@ -75,7 +73,7 @@ def train(engine: Engine, steps: int, first: int = 0) -> list[float]:
 
 @pytest.mark.parametrize("plan", [SPLIT, LEAN], ids=lambda p: p.name)
 def test_plain_optimizers_are_refused_with_the_one_to_build(plan: Plan) -> None:
-    """bf16 weights under torch's AdamW would lose updates under the name of a plan that does not."""
+    """bf16 weights under torch's AdamW lose updates; the plan's name says that they do not."""
     model = Stack()
 
     with pytest.raises(UsageError, match="AdamW has no such stores") as error:

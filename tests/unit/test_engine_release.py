@@ -118,7 +118,7 @@ class _Break(torch.autograd.Function):
 
 
 def test_gradients_that_break_halfway_end_the_training() -> None:
-    """Layers nearer the loss have stepped, which cannot be undone: an error, and no broken weight."""
+    """Layers nearer the loss have stepped, which cannot be undone: an error; no broken weight."""
 
     class Broken(nn.Module):
         def __init__(self) -> None:

@@ -153,5 +153,5 @@ def test_the_state_of_an_engine_with_other_parts_is_refused() -> None:
         single.load_state_dict(saved)
     with pytest.raises(CheckpointError, match="'g'"):
         named.load_state_dict(saved)
-    with pytest.raises(CheckpointError, match="policy"):
+    with pytest.raises(CheckpointError, match="plan"):
         single.load_state_dict({})

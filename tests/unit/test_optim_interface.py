@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from narrowcast.errors import NarrowcastError, UnknownName, UsageError
 from narrowcast.optim.adamw import AdamW
 from narrowcast.optim.lion import Lion
+from narrowcast.optim.release import GradientRelease
 from narrowcast.optim.sgd import SGD
+from narrowcast.optim.sizes import bytes_for
 from optim_cases import RULES, give_gradients, held, parameters, same_bits, train
 
 SHAPES = [(70, 70), (5,)]
@@ -289,6 +292,39 @@ def test_a_parameter_with_a_gradient_is_not_converted() -> None:
     give_gradients(owned, 0)
     with pytest.raises(UsageError, match="before the first backward"):
         AdamW(owned, weights="split16")
+
+
+def test_an_error_in_a_step_counts_no_step() -> None:
+    """A sparse gradient of the second parameter leaves the first one's count alone."""
+    first, embedding = parameters([(3,)])[0], nn.Embedding(10, 3, sparse=True)
+    optimizer = SGD([first, embedding.weight], lr=0.1)
+    (embedding(torch.tensor([1])).sum() + first.sum()).backward()
+    with pytest.raises(UsageError, match="sparse=False"):
+        optimizer.step()
+
+    assert "step" not in optimizer.state[first]
+
+
+@pytest.mark.parametrize("weights", ["fp32", "split8", "stochastic"])
+@pytest.mark.parametrize("states", ["fp32", "int4"])
+def test_steps_can_be_traced_on_fake_tensors(weights: str, states: str) -> None:
+    """Predictions step without memory; real steps before and after are not disturbed."""
+    owned = parameters([(70, 70)])
+    real = AdamW(owned, weights=weights, states=states)
+    train(real, owned, range(1))
+    with FakeTensorMode():
+        fakes = [nn.Parameter(torch.empty(70, 70)), nn.Parameter(torch.empty(5))]
+        optimizer = AdamW(fakes, weights=weights, states=states)
+        GradientRelease(optimizer)
+        for _ in range(2):
+            sum(p.float().sum() for p in fakes).backward()
+            optimizer.step()
+    train(real, owned, range(1, 2))
+
+    assert (
+        optimizer.nbytes()
+        == bytes_for([4900, 5], rule="adamw", weights=weights, states=states).total
+    )
 
 
 def test_sparse_gradients_are_refused() -> None:

@@ -11,7 +11,7 @@ from narrowcast.optim.sizes import bytes_for
 from narrowcast.optim.states import SMALL, STATE_STORES, Moment, fitted, state_store
 from narrowcast.optim.weights import WEIGHT_STORES, weight_store
 from narrowcast.plan import OWN, STATES, WEIGHTS
-from optim_cases import RULES, SHAPES, give_gradients, parameters
+from optim_cases import FEW, RULES, SHAPES, give_gradients, parameters
 
 LARGE = 1 << 20
 
@@ -30,7 +30,7 @@ def test_prediction_and_allocation_are_the_same_number(
 ) -> None:
     """For every store and size: what is announced, what nbytes() says, and what tensors hold."""
     make, options = RULES[rule]
-    owned = parameters()
+    owned = parameters(FEW)
     optimizer = make(owned, **options, weights=weights, states=states)
     give_gradients(owned, 0)
     optimizer.step()

@@ -68,9 +68,7 @@ def test_every_pair_of_stores_is_a_plan(weights: str, states: str) -> None:
         ),
     ],
 )
-def test_choices_that_exclude_each_other_are_refused(
-    changes: dict[str, object], said: str
-) -> None:
+def test_choices_that_exclude_each_other_are_refused(changes: dict[str, object], said: str) -> None:
     """The error names both choices and the reason."""
     with pytest.raises((UsageError, UnknownName), match=said):
         replace(SPLIT, **changes)  # type: ignore[arg-type]

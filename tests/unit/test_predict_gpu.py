@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from narrowcast.errors import UnsupportedPrecision
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.plan import plan_named
-from narrowcast.prediction.gpu_record import _arrival
+from narrowcast.prediction.gpu_record import _again, _arrival
 from narrowcast.prediction.predict import predict_memory, predict_step_memory
 from narrowcast.prediction.sight import leave_out, taken_beside
 from narrowcast.prediction.targets import target_named
+from narrowcast.prediction.trace import trace_from_start
 from narrowcast.profiling import Bench, first_batch
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.codec import dumps
@@ -128,6 +129,54 @@ def test_a_model_arrives_in_fp32_and_is_cast_on_the_gpu(precision: str) -> None:
     assert highest >= 4 * elements
     first = bench.model.tokens.weight
     assert events[0][1] == 4 * first.numel()
+
+
+def test_the_step_after_a_step_lets_go_of_what_that_one_left() -> None:
+    """Worked by hand: a seed that each step makes anew, and a temporary."""
+    before = [("weights", 100), ("seed 1", 4)]
+    step = [("temporary", 30), ("seed 2", 4), ("seed 1", -4), ("temporary", -30)]
+
+    assert _again(step, known={key for key, _ in before}) == [
+        (("next", "temporary"), 30),
+        (("next", "seed 2"), 4),
+        ("seed 2", -4),
+        (("next", "temporary"), -30),
+    ]
+
+
+def test_what_only_the_first_step_left_is_let_go_once() -> None:
+    """The step after has nothing of the kind."""
+    step = [("workspace of a first step", -50), ("temporary", 30), ("temporary", -30)]
+
+    assert _again(step, known={"workspace of a first step"}) == [
+        (("next", "temporary"), 30),
+        (("next", "temporary"), -30),
+    ]
+
+
+@pytest.mark.parametrize(("recipe", "precision"), [("austen", "fp32"), ("tabular", "bf16-split")])
+def test_the_events_of_a_third_step_are_those_of_the_second(recipe: str, precision: str) -> None:
+    """Sizes in their order; that is what may be replayed instead of traced."""
+    target = target_named("rtx4090")
+    sizes = []
+    for steps in (2, 3):
+        stage = target.stage()
+        loaded = load_recipe(recipe, ["batch_size=2"])
+        data, batch = first_batch(loaded, 2, 0)
+        with stage:
+            bench = Bench.of(
+                loaded,
+                plan_named(precision),
+                CPU,
+                data=data,
+                batch=stage.fake(batch),
+                stepping=stage.stepping,
+            )
+        trace = trace_from_start(bench, stage, steps=steps)
+        sizes.append([change for _, change in trace.ledger.events()[trace.last_step :]])
+
+    # What dies when the trace ends, and not in the step, comes last in both.
+    assert sizes[0] == sizes[1]
 
 
 def test_what_is_left_out_of_a_ledger_has_never_been() -> None:

@@ -18,6 +18,8 @@ from narrowcast.cli import (
     doctor,
     evaluate,
     memory,
+    plan,
+    predict,
     recipes,
     report,
     train,
@@ -28,7 +30,7 @@ from narrowcast.errors import NarrowcastError
 
 __all__ = ["app", "main"]
 
-VERBS = (train, evaluate, compare, memory, report, doctor, recipes, verify_resume)
+VERBS = (train, evaluate, compare, memory, predict, plan, report, doctor, recipes, verify_resume)
 
 app = typer.Typer(
     name="narrowcast",

@@ -29,7 +29,7 @@ KeepOption = Annotated[
 
 
 def plan_called(name: str, device: torch.device) -> tuple[Plan, str]:
-    """Return the plan of a precision's name, or in a plan file (``*.json``), and why it is this one.
+    """Return the plan of a precision's name or in a plan file (``*.json``), and why.
 
     Raises UnknownName for a name that does not exist, UsageError for a file that holds no plan,
     UnsupportedPrecision if the device cannot compute in it.

@@ -18,6 +18,7 @@ from rich.table import Column
 
 from narrowcast.cli.common import (
     AutocastRulesOption,
+    DeterministicOption,
     DeviceOption,
     JsonOption,
     OutputOption,
@@ -77,13 +78,6 @@ MeasureOption = Annotated[
         help="Measure memory, executed dtypes and what the device does badly, on early steps.",
     ),
 ]
-DeterministicOption = Annotated[
-    bool,
-    typer.Option(
-        "--deterministic/--no-deterministic",
-        help="Allow only operations that give the same bits every time; exact resume needs it.",
-    ),
-]
 
 
 def train(
@@ -110,10 +104,9 @@ def train(
     """Train a recipe in one precision. Ctrl-C ends the run cleanly; --resume goes on exactly."""
     from narrowcast.precision.device import device_at_hand
     from narrowcast.recipes.load import load_recipe
-    from narrowcast.training.assembly import TrainOptions
-    from narrowcast.training.train import train as run
+    from narrowcast.training import train as training
 
-    options = TrainOptions(
+    options = training.TrainOptions(
         steps=steps,
         seed=seed,
         accumulate=accumulate,
@@ -132,17 +125,11 @@ def train(
         budget=budget,
         device=device,
         release=clip_norm is None and accumulate == 1,
-        others={
-            "--precision": precision != "auto",
-            "--keep-fp32": bool(keep_fp32),
-            "--autocast-rules": autocast_rules != "native",
-            "--resume": resume and budget is not None,
-        },
+        others=_typed(precision, keep_fp32, autocast_rules, resume=resume and budget is not None),
     ) or chosen_plan(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
-    stem = f"{loaded.name}-{chosen.name}-seed{seed}"
-    directory = output or _default_directory(stem, resume=resume)
+    directory = output or _default_directory(f"{loaded.name}-{chosen.name}-seed{seed}", resume)
     with watching() as watch:
-        record = run(
+        record = training.train(
             loaded,
             chosen,
             options,
@@ -155,7 +142,19 @@ def train(
     _finish(record, directory, json)
 
 
-def _default_directory(stem: str, *, resume: bool) -> Path:
+def _typed(
+    precision: str, keep_fp32: list[str] | None, rules: str, *, resume: bool
+) -> dict[str, bool]:
+    """Say which of the options that a plan decides for were given beside it."""
+    return {
+        "--precision": precision != "auto",
+        "--keep-fp32": bool(keep_fp32),
+        "--autocast-rules": rules != "native",
+        "--resume": resume,
+    }
+
+
+def _default_directory(stem: str, resume: bool) -> Path:
     """Choose a new directory under runs/, or the newest of this name to go on with."""
     from narrowcast.training.run_directory import default_directory, latest_directory
 

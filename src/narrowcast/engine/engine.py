@@ -53,10 +53,14 @@ from narrowcast.engine.parts import (
     require_unclaimed,
     weight_formats,
 )
-from narrowcast.engine.stores import Masters, fit_stores
-from narrowcast.engine.surroundings import Surroundings
+from narrowcast.engine.stores import (
+    Masters,
+    fit_stores,
+    narrow_averages,
+    require_release_fits,
+)
+from narrowcast.engine.surroundings import Forward, Surroundings
 from narrowcast.errors import UnknownName, UsageError
-from narrowcast.optim.release import require_compatible
 from narrowcast.plan import Plan
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import backward_context, forward_context, prepare_model
@@ -70,30 +74,8 @@ _LOSS = "loss"
 """The name of a loss that has none."""
 
 
-class _Forward:
-    """What ``engine.forward()`` returns: the engine knows while it is inside."""
-
-    __slots__ = ("_engine", "_surroundings")
-
-    def __init__(self, engine: Engine, surroundings: Surroundings) -> None:
-        self._engine = engine
-        self._surroundings = surroundings
-
-    def __enter__(self) -> None:
-        if self._engine._inside is not None:
-            raise self._engine._refusal("engine.forward()", self._engine._inside)
-        self._engine._inside = "engine.forward()"
-        for lane in self._engine._lanes.values():
-            lane.has_forwarded = True
-        self._surroundings.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._surroundings.__exit__(*error)
-        self._engine._inside = None
-
-
 class Engine:
-    """Trains `model` with `optimizer` in the precision `policy`: a Policy, its name, or 'auto'.
+    """Trains `model` with `optimizer` in the precision `policy`: a Policy, Plan, name or 'auto'.
 
     The model is prepared in place (`cast.prepare_model`) on `device`, by default the one it is on.
     The optimizer must hold parameters of the model. `accumulate` micro-batches make one step: each
@@ -137,10 +119,7 @@ class Engine:
         self._seeds = Seeds()
         optimizers = optimizer if isinstance(optimizer, Mapping) else {ONLY: optimizer}
         fit_stores(model, self.plan, optimizers)
-        if self.plan.gradients == "release":
-            require_compatible(
-                accumulate=self._accumulate, clip_norm=clip_norm, is_loss_scaled=scale is not None
-            )
+        require_release_fits(self.plan, self._accumulate, clip_norm, scale)
         self._masters = Masters(optimizers.values())
         before = weight_formats(optimizers.values())
         self.restored: list[str] = []
@@ -148,6 +127,7 @@ class Engine:
         self.notes = (
             *prepare_model(model, self.policy, self.device),
             *follow_weights(optimizers, before),
+            *narrow_averages(ema),
         )
         self.levers = apply_levers(model, self.plan)
         self._lanes = build_lanes(
@@ -162,7 +142,7 @@ class Engine:
         self._only = None if isinstance(optimizer, Mapping) else self._lanes[ONLY]
         kind = self.device.type
         around_forward = Surroundings(self.policy, kind, forward_context(self.policy, kind))
-        self._forward = _Forward(self, around_forward)
+        self._forward = Forward(self, around_forward)
         self._around_forward = around_forward
         self._around_backward = Surroundings(self.policy, kind, backward_context(self.policy, kind))
         self._around_step = Surroundings(self.policy, kind)

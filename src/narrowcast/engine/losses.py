@@ -1,4 +1,4 @@
-"""What backward starts from: which losses can be used, and the gradient that stands for the scale."""
+"""What backward starts from: a loss that can be used, and the gradient that holds its scale."""
 
 from __future__ import annotations
 

@@ -17,10 +17,17 @@ from torch.optim import Optimizer
 from narrowcast.errors import CheckpointError, UsageError
 from narrowcast.optim.convert import narrowed
 from narrowcast.optim.narrow import NarrowOptimizer
+from narrowcast.optim.release import require_compatible
 from narrowcast.plan import OWN, Plan
 from narrowcast.precision.cast import kept_parameters
 
-__all__ = ["Masters", "fit_stores", "planned_optimizer"]
+__all__ = [
+    "Masters",
+    "fit_stores",
+    "narrow_averages",
+    "planned_optimizer",
+    "require_release_fits",
+]
 
 
 class Masters:
@@ -71,7 +78,7 @@ class Masters:
 
 
 def planned_optimizer(optimizer: Optimizer, model: nn.Module, plan: Plan) -> Optimizer:
-    """Return the same update rule with the plan's stores; `optimizer` itself if it has some, or is to stay.
+    """Return the same update rule with the plan's stores; `optimizer` itself if it is to stay.
 
     Weights become what their store holds, in place; those of fp32 islands stay fp32. Raises
     UsageError for a rule that has no stores.
@@ -119,6 +126,34 @@ def fit_stores(model: nn.Module, plan: Plan, optimizers: Mapping[str, Optimizer]
                     hint="build the optimizer with the plan's stores: weights=plan.weights, "
                     "states=plan.states",
                 )
+
+
+def require_release_fits(
+    plan: Plan, accumulate: int, clip_norm: float | None, scale: object
+) -> None:
+    """Raise UsageError for what needs all gradients at once, if the plan releases them."""
+    if plan.gradients == "release":
+        require_compatible(
+            accumulate=accumulate, clip_norm=clip_norm, is_loss_scaled=scale is not None
+        )
+
+
+def narrow_averages(ema: Any) -> tuple[str, ...]:
+    """Say so where moving averages are kept in 16 bits: they stop moving by small differences."""
+    averages = ema.values() if isinstance(ema, Mapping) else (ema,)
+    narrow = any(
+        p.is_floating_point() and p.element_size() < 4
+        for average in averages
+        if isinstance(average, nn.Module)
+        for p in average.parameters()
+    )
+    if not narrow:
+        return ()
+    said = (
+        "the EMA averages 16-bit weights in 16 bits, and loses changes below a 512th: give the "
+        "engine a function that averages engine.weights(), which are fp32"
+    )
+    return (said,)
 
 
 def _stored(optimizer: NarrowOptimizer) -> Iterator[tuple[Tensor, str, str]]:

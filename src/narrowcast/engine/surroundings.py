@@ -13,7 +13,7 @@ from typing import Any
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import numeric_settings, settings_hold
 
-__all__ = ["Surroundings"]
+__all__ = ["Forward", "Surroundings"]
 
 
 class Surroundings:
@@ -44,3 +44,25 @@ class Surroundings:
         settings = self._entered.pop()
         if settings is not None:
             settings.__exit__(*error)
+
+
+class Forward:
+    """What ``engine.forward()`` returns: the engine knows while it is inside."""
+
+    __slots__ = ("_engine", "_surroundings")
+
+    def __init__(self, engine: Any, surroundings: Surroundings) -> None:
+        self._engine = engine
+        self._surroundings = surroundings
+
+    def __enter__(self) -> None:
+        if self._engine._inside is not None:
+            raise self._engine._refusal("engine.forward()", self._engine._inside)
+        self._engine._inside = "engine.forward()"
+        for lane in self._engine._lanes.values():
+            lane.has_forwarded = True
+        self._surroundings.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._surroundings.__exit__(*error)
+        self._engine._inside = None

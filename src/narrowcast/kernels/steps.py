@@ -113,29 +113,13 @@ def store_weight(
             store(pointer(row, 1, tl.int8, ALIGNED) + offsets, rest, mask, MASKED)
 
 
+# fmt: off
 @jit
 def advance_range(
-    row,
-    gradients,
-    start,
-    numel,
-    key,
-    c0,
-    c1,
-    c2,
-    c3,
-    c4,
-    c5,
-    c6,
-    RULE: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    STATES: tl.constexpr,
-    HAS_MOMENT: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    row, gradients, start, numel, key, c0, c1, c2, c3, c4, c5, c6,
+    RULE: tl.constexpr, WEIGHTS: tl.constexpr, STATES: tl.constexpr, HAS_MOMENT: tl.constexpr,
+    GRADIENT: tl.constexpr, MAXIMIZE: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Step elements `start` to `start` + BLOCK of one tensor."""
     offsets = start + tl.arange(0, BLOCK)
@@ -166,28 +150,10 @@ def advance_range(
 
 @jit
 def advance(
-    table,
-    owners,
-    gradients,
-    flag,
-    base,
-    c0,
-    c1,
-    c2,
-    c3,
-    c4,
-    c5,
-    c6,
-    RULE: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    STATES: tl.constexpr,
-    HAS_MOMENT: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    HAS_FLAG: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table, owners, gradients, flag, base, c0, c1, c2, c3, c4, c5, c6,
+    RULE: tl.constexpr, WEIGHTS: tl.constexpr, STATES: tl.constexpr, HAS_MOMENT: tl.constexpr,
+    GRADIENT: tl.constexpr, MAXIMIZE: tl.constexpr, HAS_FLAG: tl.constexpr,
+    ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Step one range of one tensor. With a flag that is false, nothing is read or written."""
     program = tl.program_id(0)
@@ -199,7 +165,6 @@ def advance(
     if HAS_FLAG:
         numel = numel * tl.load(flag).to(tl.int64)
     if start + BLOCK <= numel:
-        # fmt: off
         advance_range(
             row, gradients + owner, start, numel, key, c0, c1, c2, c3, c4, c5, c6,
             RULE, WEIGHTS, STATES, HAS_MOMENT, GRADIENT, MAXIMIZE, ALIGNED, False, BLOCK,
@@ -228,4 +193,4 @@ def advance(
             True,
             BLOCK,
         )
-        # fmt: on
+# fmt: on

@@ -11,7 +11,7 @@ kernels leaves a `Plan`, and the next one only makes sure that everything is whe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ def advance_by_kernels(
     return kinds
 
 
-def repeat(rule: Rule, kinds: Sequence[Kind]) -> bool:
+def repeat(rule: Rule, kinds: Sequence[Kind], states: Mapping[Any, dict[str, Any]]) -> bool:
     """Take the step after the one that left `kinds`; False, with nothing done, if it is another.
 
     Every pointer is looked at again, and every state tensor, layout, dtype and step count.
@@ -113,6 +113,7 @@ def repeat(rule: Rule, kinds: Sequence[Kind]) -> bool:
                 or not gradient.is_contiguous()
                 or parameter.data_ptr() != pointer
                 or not parameter.is_contiguous()
+                or states.get(parameter) is not state
                 or state.get(STEP) != step
             ):
                 return False

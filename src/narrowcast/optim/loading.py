@@ -39,6 +39,7 @@ __all__ = [
     "Shielded",
     "adapted",
     "adapted_entry",
+    "in_order",
     "merged_group",
     "shield",
     "store_of",
@@ -127,6 +128,19 @@ def adapted(
         group.clear()
         group.update(new)
     return {**state, "state": result, "param_groups": groups}
+
+
+def in_order(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with its entries in the order of the parameters, and each one's by name.
+
+    The order in which they came into being would tell a resumed run from one that never stopped.
+    """
+    states = {
+        key: dict(sorted(entry.items())) if isinstance(entry, dict) else entry
+        for key, entry in state_dict["state"].items()
+    }
+    ordered = sorted(states, key=lambda key: (not isinstance(key, int), key))
+    return {**state_dict, "state": {key: states[key] for key in ordered}}
 
 
 def merged_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from narrowcast.errors import UsageError
 from narrowcast.optim.dispatch import Kind, advance, can_defer, repeat
 from narrowcast.optim.layout import Layout, layout_of
-from narrowcast.optim.loading import KEEP_FP32, LAYOUT, STEP, adapted, shield, store_of
+from narrowcast.optim.loading import KEEP_FP32, LAYOUT, STEP, adapted, in_order, shield, store_of
 from narrowcast.optim.masters import read_master, write_master
 from narrowcast.optim.rule import Rule
 from narrowcast.optim.states import Blocks, Moment, StateStore, fitted, state_store
@@ -157,10 +157,10 @@ class NarrowOptimizer(Optimizer):
         """Step every parameter that has a gradient; repeats the last step by kernels if it can."""
         _require_no_capture()
         plan = self._plan
-        if plan is not None and plan.holds(self.param_groups) and repeat(self.rule, plan.kinds):
+        if plan and plan.holds(self.param_groups) and repeat(self.rule, plan.kinds, self.state):
             return
         owned = [p for group in self.param_groups for p in group["params"]]
-        kinds = advance(self.rule, list(self._items({p for p in owned if p.grad is not None})))
+        kinds = advance(self.rule, self._items({p for p in owned if p.grad is not None}))
         self._plan = None if kinds is None else _Plan.of(self.param_groups, kinds)
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class NarrowOptimizer(Optimizer):
         """
         _require_no_capture()
         chosen = {p for p in parameters if p.grad is not None}
-        advance(self.rule, list(self._items(chosen)), if_finite)
+        advance(self.rule, self._items(chosen), if_finite)
 
     def defers(self, parameter: Tensor) -> bool:
         """Whether the device can decide if this parameter steps, without the host waiting."""
@@ -182,9 +182,20 @@ class NarrowOptimizer(Optimizer):
 
     def uncount_step(self, parameter: Tensor) -> None:
         """Take back the count of a step that the device decided not to make."""
-        self.state[parameter][STEP] -= 1
+        state = self.state[parameter]
+        state[STEP] -= 1
+        if state[STEP] == 0:  # the moments were made for nothing, and the next ones are the first
+            for key in [key for key in state if key != REMAINDER]:
+                del state[key]
 
-    def _items(self, chosen: set[Tensor]) -> Iterator[Item]:
+    def _items(self, chosen: set[Tensor]) -> list[Item]:
+        """Return what is to be stepped, counted as stepped; raises before anything is counted."""
+        items = list(self._prepared(chosen))
+        for item in items:
+            item.state[STEP] = item.numbers.step
+        return items
+
+    def _prepared(self, chosen: set[Tensor]) -> Iterator[Item]:
         ordinal = -1
         for group in self.param_groups:
             known: dict[tuple[int, bool, bool, str], Numbers] = {}
@@ -199,7 +210,7 @@ class NarrowOptimizer(Optimizer):
                 states = fitted(asked, parameter.numel())
                 layout = layout_of(parameter)
                 is_fresh = _prepare(state, parameter, states, moments, layout)
-                step = state[STEP] = state.get(STEP, 0) + 1
+                step = state.get(STEP, 0) + 1
                 key = step, is_fresh, states is asked, weights.name
                 if key not in known:
                     known[key] = Numbers(
@@ -268,6 +279,10 @@ class NarrowOptimizer(Optimizer):
             for index, group in enumerate(self.param_groups)
             for position, p in enumerate(group["params"])
         ]
+
+    def state_dict(self) -> StateDict:
+        """Return torch's state dict, its entries in the order of the parameters."""
+        return in_order(super().state_dict())
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load hyperparameters and states; the stores stay as they are.

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from narrowcast.errors import UsageError
@@ -115,7 +116,7 @@ class GradientRelease:
         if optimizer.defers(parameter):
             self._flags.append((parameter, flag))
             optimizer.step_parameters([parameter], if_finite=flag)
-        elif bool(flag):
+        elif isinstance(flag, FakeTensor) or bool(flag):  # a fake gradient has no value to be bad
             optimizer.step_parameters([parameter])
         else:
             self._bad.append(parameter)

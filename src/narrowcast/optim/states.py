@@ -130,7 +130,7 @@ class Plain(StateStore):
         view = views[0]
         if self.dtype is torch.bfloat16:
             split_stochastic(x, view, noise)
-        elif x.data_ptr() != view.data_ptr():
+        elif x is not view:  # `read` gave the view itself, and it was changed in place
             view.copy_(x)
 
 

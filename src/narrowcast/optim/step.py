@@ -23,8 +23,11 @@ from narrowcast.rounding import NOISE_TILE, noise16, stream_key, tensor_key
 
 __all__ = ["CHUNK", "Item", "Numbers", "update"]
 
-CHUNK = NOISE_TILE
-"""Elements of a range: 256 KiB a temporary in fp32, of which a step has at most 14 alive."""
+CHUNK = 2 * NOISE_TILE
+"""Elements of a range: 512 KiB a temporary in fp32, of which a step has at most a dozen alive.
+
+Half as long costs a sixth more time on a CPU: an operation has a price of its own.
+"""
 
 
 @dataclass(frozen=True, slots=True)

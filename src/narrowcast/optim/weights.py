@@ -58,7 +58,7 @@ class WeightStore:
     ) -> None:
         """Hold fp32 `x`. Without `noise`, a store that rounds rounds to nearest."""
         if self.dtype is torch.float32:
-            if x.data_ptr() != weight.data_ptr():
+            if x is not weight:  # `read` gave the weight itself, and it was changed in place
                 weight.copy_(x)
         elif self.split is None or remainder is None:
             split_stochastic(x, weight, noise)

@@ -16,6 +16,8 @@ from narrowcast.recipes.load import Recipe, option_values
 
 __all__ = ["code_of", "command_of"]
 
+_WIDTH = 88
+
 
 def command_of(recipe: Recipe, overrides: Sequence[str] | None, file: str) -> str:
     """Return the command that trains a recipe, with these options, by the plan in `file`."""
@@ -45,21 +47,20 @@ def code_of(plan: Plan, optimizer: str) -> str:
         f"from narrowcast.plan import {', '.join(names)}",
         "from narrowcast.policy import Policy",
         "",
-        f"policy = {_call(plan.policy)}",
-        f"plan = {_call(plan)}",
-        _optimizer_line(plan, optimizer),
+        *_call("policy", plan.policy),
+        *_call("plan", plan),
+        *_optimizer_lines(plan, optimizer),
         "engine = narrowcast.Engine(model, optimizer, plan)",
     ]
     return "\n".join([*lines, *_loop(plan)]) + "\n"
 
 
-def _optimizer_line(plan: Plan, optimizer: str) -> str:
+def _optimizer_lines(plan: Plan, optimizer: str) -> list[str]:
     if plan.weights == OWN:
-        return "# optimizer: yours, as it is"
-    return (
-        f"optimizer = narrowcast.{optimizer}(model.parameters(), lr=1e-3, "
-        f"weights={plan.weights!r}, states={plan.states!r})"
-    )
+        return ["# optimizer: yours, as it is"]
+    arguments = ["model.parameters()", "lr=1e-3"]
+    arguments += [f"weights={plan.weights!r}", f"states={plan.states!r}"]
+    return _fitted(f"optimizer = narrowcast.{optimizer}", arguments)
 
 
 def _loop(plan: Plan) -> list[str]:
@@ -78,7 +79,7 @@ def _loop(plan: Plan) -> list[str]:
     ]
 
 
-def _call(value: Plan | Policy) -> str:
+def _call(name: str, value: Plan | Policy) -> list[str]:
     """Write a plan or a policy as the call that makes it, without what it is by itself."""
     given = {f.name: getattr(value, f.name) for f in fields(value)}
     shown = [
@@ -86,7 +87,15 @@ def _call(value: Plan | Policy) -> str:
         for f in fields(value)
         if given[f.name] != _default(f)
     ]
-    return f"{type(value).__name__}({', '.join(shown)})"
+    return _fitted(f"{name} = {type(value).__name__}", shown)
+
+
+def _fitted(head: str, arguments: list[str]) -> list[str]:
+    """Write a call in one line, or with one line an argument where that would be too long."""
+    line = f"{head}({', '.join(arguments)})"
+    if len(line) <= _WIDTH:
+        return [line]
+    return [f"{head}(", *(f"    {argument}," for argument in arguments), ")"]
 
 
 def _literal(value: Any) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from narrowcast.data import batch_len
+from narrowcast.data import batch_len, split_batch
 from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import RecipeError
 from narrowcast.memory.storages import tensors_in
@@ -37,6 +37,7 @@ from narrowcast.optim.weights import weight_store
 from narrowcast.plan import OWN, Plan
 from narrowcast.planning.axes import anonymous, short
 from narrowcast.prediction.predict import predict_memory
+from narrowcast.prediction.targets import target_named
 from narrowcast.prediction.trace import Stage
 from narrowcast.recipes.load import Recipe
 from narrowcast.records.memory import MemoryRecord
@@ -47,8 +48,6 @@ __all__ = ["Need", "Peaks", "model_without_contents", "with_data_at_hand"]
 _STEP_BYTES = 14 * 4 * CHUNK
 _CLOSE = 1.05
 """A bound within this of what is sure is taken as it is: too much, never too little."""
-_LOSS_BYTES = 4
-"""Of each micro-batch its loss stays until the step: one fp32 number."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,7 @@ class Peaks:
     ) -> None:
         self.batch_size = batch_len(batch)
         self._batch_bytes = sum(tensor.nbytes for tensor in tensors_in(batch))
+        self._batch = batch
         self._recipe = recipe
         self._target = target
         self._say = say
@@ -84,6 +84,7 @@ class Peaks:
         self._phases: dict[Plan, _Phases] = {}
         self._held: dict[tuple[object, ...], int] = {}
         self._steps: dict[tuple[object, ...], int] = {}
+        self._losses: dict[int, int] = {}
         self._largest = 0
 
     @property
@@ -166,9 +167,26 @@ class Peaks:
     def _left_out(self, plan: Plan) -> int:
         """Return the bytes of the parts that a trace left out: inputs, and one loss each."""
         parts = plan.micro_batches
+        inputs = round(self._batch_bytes * (1 - min(2 / parts, 1)))
+        return inputs + self._losses_left_out(parts)
+
+    def _losses_left_out(self, parts: int) -> int:
         if parts <= 2:
             return 0
-        return round(self._batch_bytes * (1 - 2 / parts)) + _LOSS_BYTES * (parts - 2)
+        if parts not in self._losses:
+            self._losses[parts] = self._loss_bytes(parts)
+        return self._losses[parts] * (parts - 2)
+
+    def _loss_bytes(self, parts: int) -> int:
+        """Return what the loss of a part holds until the step: more than a number on a CPU.
+
+        There mse_loss returns its sum in the storage of its elementwise result.
+        """
+        stage = target_named(self._target).stage()
+        model = model_without_contents(self._recipe, stage).train()
+        with stage, stage.above():
+            part = stage.fake(split_batch(self._batch, parts)[0])
+            return self._recipe.compute_loss(model, part).untyped_storage().nbytes()
 
     def _stepping(self, plan: Plan) -> int:
         """Return the peak of the update of these stores: the same whatever was computed before."""
@@ -178,15 +196,16 @@ class Peaks:
             plain = replace(plan, activations=(), loss="whole", micro_batches=parts)
             found = _phases_in(self._record(plain), largest_gradient=0, unseen=0)
             self._steps[key] = found.stepping
-        return self._steps[key] + self.bytes_held(plan)
+        losses = self._losses_left_out(plan.micro_batches)
+        return self._steps[key] + self.bytes_held(plan) + losses
 
     def _alike(self, plan: Plan) -> int:
-        """Return what an update needs beside what it holds, with other stores if they are known.
+        """Return what an update needs beside what it holds, with other weights if that is known.
 
-        Ranges are as long whatever the stores, and nearly as many are alive.
+        What is read, rounded and written is above all the states.
         """
-        *family, _, _ = self._stores(plan)
-        for (*known, _, _), peak in self._steps.items():
+        *family, _ = self._stores(plan)
+        for (*known, _), peak in self._steps.items():
             if known == family:
                 return peak
         return self._stepping(plan) - self.bytes_held(plan)
@@ -195,7 +214,7 @@ class Peaks:
     def _stores(plan: Plan) -> tuple[object, ...]:
         # Where gradients are summed, bf16 ones have an fp32 sum beside them.
         summed = plan.micro_batches > 1
-        return plan.policy.param, plan.policy.keep_fp32, summed, plan.weights, plan.states
+        return plan.policy.param, plan.policy.keep_fp32, summed, plan.states, plan.weights
 
     def bytes_held(self, plan: Plan) -> int:
         """Return the bytes of remainders and moments, from the stores themselves."""

@@ -7,6 +7,7 @@ until a handful of plans is left that fit and could be the choice; these take wh
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -42,6 +43,8 @@ _FINALISTS = 5
 _SLACK = 0.3
 # A guess at a peak between two traces can lie this much too high.
 _GUESS = 1.05
+_WALKS = 3
+"""How often the measurements of finalists may bring up new ones."""
 _LEAST_TRIED = 4
 """Plans whose peaks are settled before a budget is called impossible."""
 
@@ -105,18 +108,19 @@ class Planner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             data, batch = first_batch(self._recipe, recipe.batch_size, seed)
-            self._peaks = Peaks(self._recipe, self._place.target, batch, say=say)
-            self._space = self._surveyed(policies, release=release)
-        first = Plan(name="first", policy=self._space.policies[0])
+            self.peaks = Peaks(self._recipe, self._place.target, batch, say=say)
+            self.space = self._surveyed(policies, release=release)
+        first = Plan(name="first", policy=self.space.policies[0])
         if self._place.device is not None:
             self._times = StepTimes(self._recipe, self._place.device, data, batch, say=say)
             self._speeds: Speeds | Roofline = Speeds(self._times, first)
         else:
             self._speeds = Roofline(
                 self._recipe, self._place.target, batch, data=data,
-                held=self._peaks.bytes_held, say=say,
+                held=self.peaks.bytes_held, say=say,
             )  # fmt: skip
-        self._ranked: list[Candidate] = []
+        self._ranked: dict[Plan, Candidate] = {}
+        """Every plan with its estimates."""
 
     def plan(
         self, budget_bytes: int, *, file: str = "plan.json", options: Sequence[str] | None = None
@@ -141,7 +145,7 @@ class Planner:
                 self._recipe,
                 model,
                 policies,
-                batch_size=self._peaks.batch_size,
+                batch_size=self.peaks.batch_size,
                 keep_batch=self._keep_batch,
                 release=release,
                 # What the bus costs is measured, and in no roofline.
@@ -156,31 +160,31 @@ class Planner:
             return space
         for activations in (space.activations[0], space.activations[-1]):
             plan = Plan(name="trial", policy=space.policies[0], activations=activations)
-            whole = self._peaks.guess(plan, (1,))
-            if self._peaks.guess(replace(plan, loss="chunked"), (1,)) < 0.99 * whole:
+            whole = self.peaks.guess(plan, (1,))
+            if self.peaks.guess(replace(plan, loss="chunked"), (1,)) < 0.99 * whole:
                 return space
         self._notes.append("chunked loss saves nothing here: the logits are a small part")
         return replace(space, losses=space.losses[:1])
 
-    def _estimated(self) -> list[Candidate]:
-        """Estimate peak and speed of every candidate; the fastest first."""
-        found = []
-        for plan in candidates(self._space):
+    def _estimated(self) -> dict[Plan, Candidate]:
+        """Estimate peak and speed of every plan."""
+        found = {}
+        for plan in candidates(self.space):
             try:
-                size = self._peaks.guess(plan, self._space.micro_batches)
+                size = self.peaks.guess(plan, self.space.micro_batches)
             except NarrowcastError as error:
                 self._leave_out(plan, error)
                 continue
-            found.append(self._candidate(plan, size))
+            found[plan] = self._candidate(plan, size)
         if not found:
             raise UsageError(
                 f"no step of {self._recipe.name} can be predicted: {self._notes[-1]}",
                 hint="`narrowcast memory` measures a step with real tensors",
             )
-        return sorted(found, key=lambda c: (c.seconds, c.loss, c.levers, c.bytes))
+        return found
 
     def _candidate(self, plan: Plan, size: int) -> Candidate:
-        batch_norm = self._space.batch_norm
+        batch_norm = self.space.batch_norm
         return Candidate(
             plan=plan,
             bytes=size,
@@ -204,35 +208,54 @@ class Planner:
             return None
         if plan not in self._known:
             try:
-                need = self._peaks.need(plan)
+                need = self.peaks.need(plan)
             except NarrowcastError as error:
                 self._leave_out(plan, error)
                 return None
-            self._known[plan] = replace(candidate, bytes=need.bytes, traced=need.traced)
+            self._known[plan] = replace(self._ranked[plan], bytes=need.bytes, traced=need.traced)
         known = self._known[plan]
         return known if max(known.bytes, known.measured_bytes or 0) <= budget else None
 
     def _finalists(self, budget: int) -> list[Candidate]:
-        """Return plans that fit, measured where that can be."""
-        while True:
-            ranked = sorted(
-                (self._known.get(c.plan, c) for c in self._ranked), key=lambda c: c.seconds
-            )
+        """Return plans that fit, measured where that can be.
 
-            def fits(candidate: Candidate) -> Candidate | None:
-                return self._settled(candidate, budget)
+        What was measured corrects the estimates of the rest, so that a plan which now looks faster
+        gets its turn too.
+        """
 
+        def fits(candidate: Candidate) -> Candidate | None:
+            return self._settled(candidate, budget)
+
+        for _ in range(_WALKS):
+            ranked = sorted(self._current(), key=lambda c: (c.seconds, c.loss, c.levers))
             found = worth_a_look(ranked, fits, most=_FINALISTS, slack=_SLACK)
-            if not found:
-                raise self._impossible(budget)
             alone = next((c for c in ranked if c.levers == 1 and fits(c) is not None), None)
-            names = dict.fromkeys(c.plan for c in found)
-            names |= dict.fromkeys([alone.plan] if alone is not None else [])
-            names |= {p: None for p, c in self._known.items() if c.speed == "measured" and fits(c)}
-            self._measure([plan for plan in names if self._known[plan].speed == "estimated"])
-            fitting = [c for plan in names if (c := fits(self._known[plan])) is not None]
-            if fitting:
-                return fitting
+            names = dict.fromkeys(c.plan for c in (*found, *([alone] if alone else [])))
+            unmeasured = [plan for plan in names if self._known[plan].speed == "estimated"]
+            if not unmeasured:
+                break
+            self._measure(unmeasured)
+        known = [c for c in self._known.values() if c.plan in names or c.speed == "measured"]
+        fitting = [c for c in known if fits(c) is not None]
+        if not fitting:
+            raise self._impossible(budget)
+        return fitting
+
+    def _current(self) -> list[Candidate]:
+        """Return every candidate with what is known of it by now."""
+        slower = [
+            known.seconds / self._ranked[plan].seconds
+            for plan, known in self._known.items()
+            if known.speed == "measured"
+        ]
+        factor = statistics.median(slower) if slower else 1.0
+        current = []
+        for plan, estimate in self._ranked.items():
+            known = self._known.get(plan, estimate)
+            if plan not in self._unfit:
+                seconds = known.seconds * (1 if known.speed == "measured" else factor)
+                current.append(replace(known, seconds=seconds))
+        return current
 
     def _measure(self, plans: list[Plan]) -> None:
         if self._place.device is None or not plans:
@@ -255,7 +278,7 @@ class Planner:
 
     def _impossible(self, budget: int) -> UsageError:
         """Say which plan takes the least, and how much that is."""
-        smallest = sorted(self._ranked, key=lambda c: c.bytes)
+        smallest = sorted(self._ranked.values(), key=lambda c: c.bytes)
         tried = [
             settled
             for c in [c for c in smallest if c.plan not in self._unfit][:_LEAST_TRIED]
@@ -264,7 +287,7 @@ class Planner:
         least = min(tried, key=lambda c: c.bytes)
         batch = " while the batch is kept whole" if self._keep_batch else ""
         return UsageError(
-            f"nothing trains {self._recipe.name} (batch {self._peaks.batch_size}) in "
+            f"nothing trains {self._recipe.name} (batch {self.peaks.batch_size}) in "
             f"{format_bytes(budget)}{batch}: the least that fits is {format_bytes(least.bytes)} "
             f"({least.bytes:,} bytes), with {least.plan.name}",
             hint="allow that much, or choose a smaller model or batch with --set"
@@ -275,24 +298,23 @@ class Planner:
         self, chosen: Candidate, budget: int, *, noise: float, why: str, command: str,
         seconds: float,
     ) -> PlanRecord:  # fmt: skip
-        everything = [self._known.get(c.plan, c) for c in self._ranked if c.plan not in self._unfit]
-        kinds = [c.speed for c in everything]
-        optimizer = self._peaks.rule(chosen.plan)
+        everything = self._current()
+        optimizer = self.peaks.rule(chosen.plan)
         return PlanRecord(
             recipe=self._recipe.name,
             options=option_values(self._recipe),
-            batch_size=self._peaks.batch_size,
+            batch_size=self.peaks.batch_size,
             budget_bytes=budget,
-            margin_bytes=self._peaks.margin(),
+            margin_bytes=self.peaks.margin(),
             keep_batch=self._keep_batch,
             precisions=self._precisions,
             chosen=_point(chosen),
             why=why,
-            effects=effects_of(chosen.plan, batch_norm=self._space.batch_norm),
+            effects=effects_of(chosen.plan, batch_norm=self.space.batch_norm),
             frontier=tuple(map(_point, frontier(everything))),
             considered=len(self._ranked),
-            traced=self._peaks.traced,
-            measured=kinds.count("measured"),
+            traced=self.peaks.traced,
+            measured=sum(c.speed == "measured" for c in everything),
             noise=noise,
             notes=tuple(self._notes),
             command=command,

@@ -162,7 +162,7 @@ def candidates(space: Space) -> list[Plan]:
         space.policies, space.activations, space.losses, space.micro_batches
     ):
         for weights, states in _stores(policy, narrow=space.narrow_stores):
-            for gradients in ("keep", "release") if space.release else ("keep",):
+            for gradients in _gradients(weights, states, release=space.release):
                 changes: dict[str, object] = {
                     "weights": weights,
                     "states": states,
@@ -184,8 +184,16 @@ def _plan(policy: Policy, changes: dict[str, object]) -> Plan | None:
         return None
 
 
+def _gradients(weights: str, states: str, *, release: bool) -> Iterator[str]:
+    """Offer fp32 throughout for release alone: the recipe's own optimizer holds the same."""
+    if (weights, states) != ("fp32", "fp32"):
+        yield "keep"
+    if release and weights != OWN:
+        yield "release"
+
+
 def _stores(policy: Policy, *, narrow: bool) -> Iterator[tuple[str, str]]:
-    """Pairs of stores; fp32 ones beside the recipe's own serve to release gradients."""
+    """Pairs of stores that a policy can have; the recipe's own come first."""
     stores = [name for name in WEIGHTS if name != OWN] if narrow else []
     if policy.param == "fp32" or not narrow:
         yield OWN, OWN

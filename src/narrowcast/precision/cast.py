@@ -131,8 +131,8 @@ class _RehearsedAutocast:
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
-# Running statistics in bf16 stop to move by less than a 512th, and torch's kernels take 16-bit inputs
-# beside fp32 weights and statistics: so these keep fp32 in every precision, and cast nothing.
+# Running statistics in bf16 do not move by less than a 512th, and torch's kernels take 16-bit
+# inputs beside fp32 weights and statistics: so these keep fp32 in every precision.
 _KEPT_KINDS = (nn.modules.batchnorm._BatchNorm,)
 
 

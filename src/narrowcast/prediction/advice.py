@@ -76,12 +76,11 @@ def _without_casts(
     policy = replace(plain.policy, keep_fp32=bench.policy.keep_fp32)
     fp32 = build(plain.with_policy(policy), stage)
     size, least = record.batch_size, min(_LEAST, record.batch_size)
-    peaks = {size: (record.total_peak_bytes, _peak(fp32, stage))}
+    peaks = {size: (record.total_peak_bytes, _peak(fp32, stage, steps=2))}
     if least != size:
-        peaks[least] = (
-            _peak(_at(bench, least, stage), stage),
-            _peak(_at(fp32, least, stage), stage),
-        )
+        # Both have stepped, so that their optimizers have all their state.
+        narrow, full = (_peak(_at(one, least, stage), stage, steps=1) for one in (bench, fp32))
+        peaks[least] = (narrow, full)
     saved = {batch: full - narrow for batch, (narrow, full) in peaks.items()}
     slope = (saved[size] - saved[least]) / (size - least) if size > least else saved[size] / size
     return BreakEven(
@@ -109,5 +108,5 @@ def _at(bench: Bench, size: int, stage: Stage) -> Bench:
     return replace(bench, batch=batch)
 
 
-def _peak(bench: Bench, stage: Stage) -> int:
-    return trace_steps(bench, stage).record().total_peak_bytes
+def _peak(bench: Bench, stage: Stage, *, steps: int) -> int:
+    return trace_steps(bench, stage, steps=steps).record().total_peak_bytes

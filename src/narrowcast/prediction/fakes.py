@@ -6,20 +6,18 @@ Both contexts change module-level functions for as long as they are open, for fa
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from narrowcast import rounding
 from narrowcast.optim import dispatch, narrow, step
 from narrowcast.optim.masters import write_master
 from narrowcast.optim.states import SMALL
 
-__all__ = ["OwnNoise", "modules_of_fakes", "work_that_differs"]
+__all__ = ["modules_of_fakes", "work_that_differs"]
 
 
 @contextmanager
@@ -90,24 +88,6 @@ def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
         memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
     found: Tensor = memo[id(tensor)]
     return found
-
-
-class OwnNoise:
-    """Context in which the tile of noise that ``rounding`` keeps for a device is this object's own.
-
-    A fake one must not be found by a training afterwards, nor a real one by a trace.
-    """
-
-    def __init__(self) -> None:
-        self._tile = cache(rounding._first_round.__wrapped__)
-        self._entered: list[AbstractContextManager[None]] = []
-
-    def __enter__(self) -> None:
-        self._entered.append(_replaced(rounding, _first_round=self._tile))
-        self._entered[-1].__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._entered.pop().__exit__(*error)
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def _predict(build: Builder, plan: Plan, target: Target, *, break_even: bool) ->
         batch_size=bench.size,
         device=target.name,
         predicted=True,
-        assumptions=(*_assumptions(plan.policy, target.steps), *found.assumptions),
+        assumptions=(*_assumptions(plan.policy), *found.assumptions),
         notes=(*notes_on(plan.policy, target.device), *found.notes),
     )
     if break_even and plan.policy.compute in ("fp16", "bf16"):
@@ -137,10 +137,8 @@ def _predict(build: Builder, plan: Plan, target: Target, *, break_even: bool) ->
     return record
 
 
-def _assumptions(policy: Policy, steps: int) -> tuple[str, ...]:
-    traced = (
-        f"{steps} steps were traced on tensors that have sizes and no contents; nothing was run"
-    )
+def _assumptions(policy: Policy) -> tuple[str, ...]:
+    traced = "two steps were traced on tensors with sizes and no contents; nothing was run"
     if policy.scaling == "dynamic":
         return traced, "the loss scale has settled, so that every step is applied"
     return (traced,)

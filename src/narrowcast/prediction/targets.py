@@ -48,10 +48,6 @@ class Target(Protocol):
     def device(self) -> torch.device:
         """A device of its type."""
 
-    @property
-    def steps(self) -> int:
-        """How many steps a trace takes to show what all later ones are like."""
-
     def plan(self, precision: Plan | str) -> tuple[Plan, str]:
         """Return the plan and why it is this one; raises UnsupportedPrecision if it cannot be."""
 
@@ -70,8 +66,6 @@ class Cpu:
     """The CPU at hand: a trace is its prediction."""
 
     name: str = "cpu"
-    steps: int = 2
-    """The first makes the optimizer's state; the second equals the third, which is measured."""
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +84,7 @@ class Cpu:
         return Stage(CpuKernels())
 
     def trace(self, bench: Bench, stage: Stage) -> tuple[MemoryRecord, MemoryLedger]:
-        ledger = trace_steps(bench, stage, steps=self.steps)
+        ledger = trace_steps(bench, stage)
         return ledger.record(), ledger
 
 
@@ -99,9 +93,6 @@ class CudaGpu:
     """A GPU by its figures."""
 
     gpu: Gpu
-    steps: int = 3
-    """In the second the allocator still finds room that the first left: of 36 trainings, two in
-    fp32 reserved a segment more in the third, and none more in the fourth (docs/predict.md)."""
 
     @property
     def name(self) -> str:
@@ -137,7 +128,7 @@ class CudaGpu:
         return Stage(above=lambda: cuda_kernels(self.gpu))
 
     def trace(self, bench: Bench, stage: Stage) -> tuple[MemoryRecord, MemoryLedger]:
-        return on_gpu(trace_from_start(bench, stage, steps=self.steps), bench, self.gpu)
+        return on_gpu(trace_from_start(bench, stage), bench, self.gpu)
 
 
 def target_named(name: str) -> Target:

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_map_only
 from narrowcast.errors import NarrowcastError, RecipeError
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.memory.storages import Holding
-from narrowcast.prediction.fakes import OwnNoise, modules_of_fakes, work_that_differs
+from narrowcast.prediction.fakes import modules_of_fakes, work_that_differs
 from narrowcast.prediction.sight import leave_out, taken_beside
 from narrowcast.profiling import Bench
 from narrowcast.user_code import user_traceback
@@ -67,7 +67,6 @@ class Stage:
     ) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._answers = _Answers()
-        self._noise = OwnNoise()
         self._kernels = kernels
         self._above = above
         self._entered: list[ExitStack] = []
@@ -80,7 +79,7 @@ class Stage:
     @contextmanager
     def above(self) -> Iterator[Any]:
         """Enter what belongs above a ledger, and return the kernels among it."""
-        with _Unseen(), self._above() as kernels:  # type: ignore[no-untyped-call]
+        with self._above() as kernels, _Unseen():  # type: ignore[no-untyped-call]
             yield kernels
 
     @contextmanager
@@ -106,7 +105,6 @@ class Stage:
         with ExitStack() as stack:
             stack.enter_context(modules_of_fakes())
             stack.enter_context(work_that_differs())
-            stack.enter_context(self._noise)
             for mode in (self._mode, self._answers, *self._kernels):
                 stack.enter_context(mode)
             self._entered.append(stack.pop_all())
@@ -170,7 +168,7 @@ def trace_steps(bench: Bench, stage: Stage, *, steps: int = 2) -> MemoryLedger:
     return ledger
 
 
-def trace_from_start(bench: Bench, stage: Stage, *, steps: int) -> WholeTrace:
+def trace_from_start(bench: Bench, stage: Stage, *, steps: int = 2) -> WholeTrace:
     """Take steps under one ledger, so that its events begin with the model."""
     with stage:
         ledger = MemoryLedger(bench.model, bench.optimizer, device=bench.device)
@@ -217,6 +215,10 @@ def explaining(name: str, path: Path | None = None) -> Iterator[None]:
     except NarrowcastError:
         raise
     except Exception as error:
+        # The optimizer's step and backward are not called through the recipe; what has nothing to
+        # do with either is a mistake of ours.
+        if not isinstance(error, _WITHOUT_VALUES) and not user_traceback(error, path):
+            raise
         raise _untraceable(name, path, error) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from narrowcast.records.plan import SPEED_SOURCES, PlanPoint, PlanRecord
 from narrowcast.report.parts import environment_facts, options_text
@@ -19,7 +19,7 @@ from narrowcast.report.shapes import (
     Series,
     Table,
 )
-from narrowcast.report.wording import bytes_or_nothing, plural, sentence, yes_no
+from narrowcast.report.wording import bytes_or_nothing, plural, sentence
 from narrowcast.units import format_bytes, format_duration
 
 __all__ = ["outline_of_plan"]
@@ -64,7 +64,7 @@ def _effects(record: PlanRecord) -> Table:
         caption="What the plan changes",
         columns=(Column(title="axis"), Column(title="choice"), Column(title="exact"),
                  Column(title="what it does")),
-        rows=tuple((e.axis, e.choice, yes_no(e.exact), e.says) for e in record.effects),
+        rows=tuple((e.axis, e.choice, _yes_no(e.exact), e.says) for e in record.effects),
     )  # fmt: skip
 
 
@@ -84,14 +84,30 @@ def _frontier(record: PlanRecord) -> tuple[Block, ...]:
             ),
         ),
         _table(points, record.chosen),
-        Prose(lines=tuple(f"{name}: {means}" for name, means in SPEED_SOURCES.items()
-                          if any(point.speed == name for point in points)), kind="list"),
-    )  # fmt: skip
+        Prose(lines=tuple(_sources(points)), kind="list"),
+    )
+
+
+def _sources(points: Sequence[PlanPoint]) -> Iterator[str]:
+    """Say where the seconds in the table come from."""
+    for source, means in SPEED_SOURCES.items():
+        if any(point.speed == source for point in points):
+            yield f"{source}{'' if source == 'measured' else ' (~)'}: {means}"
 
 
 def _worded(point: PlanPoint) -> str:
     size, seconds = format_bytes(point.predicted_bytes), format_duration(point.seconds)
     return f"{point.name} ({size}, {seconds})"
+
+
+def _seconds(point: PlanPoint) -> str:
+    """Write a duration, and before one that was not measured that it is about so."""
+    about = "" if point.speed == "measured" else "~"
+    return about + format_duration(point.seconds)
+
+
+def _yes_no(fact: bool) -> str:  # noqa: FBT001 -- it is the thing to be worded
+    return "yes" if fact else "no"
 
 
 def _panel(record: PlanRecord) -> LinePanel:
@@ -112,7 +128,7 @@ def _panel(record: PlanRecord) -> LinePanel:
                 details=tuple(f"{_worded(point)}, {point.speed}" for point in points),
             ),
         ),
-        mark=(float(chosen.predicted_bytes), chosen.seconds, chosen.name),
+        mark=(float(chosen.predicted_bytes), chosen.seconds, "chosen"),
         limit=(float(record.budget_bytes), "budget"),
     )
 
@@ -122,20 +138,16 @@ def _table(points: Sequence[PlanPoint], chosen: PlanPoint) -> Table:
         caption="The frontier, the fastest first",
         columns=(
             Column(title="plan"),
-            Column(title="predicted peak", numeric=True),
+            Column(title="peak", numeric=True),
             Column(title="a step", numeric=True),
-            Column(title="speed"),
             Column(title="exact"),
-            Column(title="measured peak", numeric=True),
         ),
         rows=tuple(
             (
                 f"{point.name} (chosen)" if point.plan == chosen.plan else point.name,
                 format_bytes(point.predicted_bytes),
-                format_duration(point.seconds),
-                point.speed,
-                yes_no(point.exact),
-                bytes_or_nothing(point.measured_bytes),
+                _seconds(point),
+                _yes_no(point.exact),
             )
             for point in points
         ),
@@ -159,7 +171,7 @@ def _planning(record: PlanRecord) -> tuple[Block, ...]:
             ("plans that took whole steps", str(record.measured)),
             ("differences that count as none", f"below {record.noise:.0%}"),
             ("precisions", ", ".join(record.precisions)),
-            ("batch may be split", yes_no(not record.keep_batch)),
+            ("batch may be split", _yes_no(not record.keep_batch)),
             ("margin in the peak", format_bytes(record.margin_bytes)),
             ("planned in", format_duration(record.seconds)),
             ("options", options_text(record.options)),

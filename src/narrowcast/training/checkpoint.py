@@ -128,17 +128,20 @@ def load(path: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, 
     return state
 
 
-def save_weights(path: Path, weights: Mapping[str, Any], *, buffers: Collection[str] = ()) -> None:
+def save_weights(path: Path, weights: Mapping[str, Any], *, made: Collection[str] = ()) -> None:
     """Export a model's ``state_dict()`` as stored, for any reader of safetensors.
 
     Tied weights are written once; ``metadata[other name] = name`` tells their other names, the
     convention of ``safetensors.torch.save_model``. What is no tensor (``get_extra_state()``) is
-    left out. `buffers` names those that are. Raises RunDirectoryError if the disk is full.
+    left out. `made` names buffers that the model does not have as it is built. Raises
+    RunDirectoryError if the disk is full.
     """
     data, tensors = pack({name: w for name, w in weights.items() if isinstance(w, Tensor)})
     stored = {name: reference["tensor"] for name, reference in data["dict"]}
     aliases = {name: kept for name, kept in stored.items() if name != kept}
-    _write(path, tensors, {**aliases, "format": "pt", _BUFFERS_KEY: json.dumps(list(buffers))})
+    # Without them the file's bytes follow from its weights: metadata are in no order of their own.
+    named = {_BUFFERS_KEY: json.dumps(list(made))} if made else {}
+    _write(path, tensors, {**aliases, "format": "pt", **named})
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -152,7 +155,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def buffers_in(path: Path) -> list[str]:
-    """List the names that `save_weights` told to be buffers; none for a file of others.
+    """List the buffers that `save_weights` was told a forward pass had made.
 
     Raises CheckpointError if it is missing, damaged, or of another kind.
     """

@@ -35,7 +35,12 @@ from narrowcast.training.early_steps import EarlySteps, PeakMemory
 from narrowcast.training.evaluation import evaluate_model, restored_notes
 from narrowcast.training.events import Ended, Notice, Observer, Saved, Started
 from narrowcast.training.interruption import Interruption
-from narrowcast.training.model_state import load_model_state, model_state, persistent_buffers
+from narrowcast.training.model_state import (
+    load_model_state,
+    made_buffers,
+    model_state,
+    shapes_of_buffers,
+)
 from narrowcast.training.progress import Progress
 from narrowcast.training.randomness import isolated, random_state, restore_random_state
 from narrowcast.training.run_directory import MetricsLog, RunDirectory
@@ -86,6 +91,7 @@ class Run:
         )
         self.progress = Progress()
         self.interruption = Interruption()
+        self._built = shapes_of_buffers(parts.engine.model)
         self.step = 0
         self._waiting: list[Any] = []
         """Parts of a batch that the step under way has still to take, the next one last."""
@@ -332,7 +338,7 @@ class Run:
         checkpoint.save_weights(
             self.place.weights_path,
             weights,
-            buffers=persistent_buffers(self.engine.model, weights),
+            made=made_buffers(self.engine.model, weights, self._built),
         )
 
     def _warn_of_nonfinite_metrics(self) -> None:

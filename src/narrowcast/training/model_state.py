@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from narrowcast.errors import CheckpointError
 
-__all__ = ["adopt_buffers", "load_model_state", "model_state", "persistent_buffers"]
+__all__ = [
+    "adopt_buffers",
+    "load_model_state",
+    "made_buffers",
+    "model_state",
+    "persistent_buffers",
+    "shapes_of_buffers",
+]
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -31,6 +38,19 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 def persistent_buffers(model: nn.Module, weights: Mapping[str, Any]) -> list[str]:
     """List the buffers that the model's state dict, `weights`, holds."""
     return [name for name, buffer in _buffers(model) if buffer is not None and name in weights]
+
+
+def shapes_of_buffers(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shape of every buffer that is not None."""
+    return {name: buffer.shape for name, buffer in _buffers(model) if buffer is not None}
+
+
+def made_buffers(
+    model: nn.Module, weights: Mapping[str, Any], built: Mapping[str, torch.Size]
+) -> list[str]:
+    """List the buffers of `weights` that a model as it was built lacks or has in another shape."""
+    names = persistent_buffers(model, weights)
+    return [name for name in names if built.get(name) != weights[name].shape]
 
 
 def load_model_state(model: nn.Module, saved: Mapping[str, Any], device: torch.device) -> None:

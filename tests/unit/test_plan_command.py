@@ -1,0 +1,203 @@
+"""`narrowcast plan`, and `train --plan` and `--budget`: a budget in, a training within it out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from narrowcast.cli import plan as plan_verb
+from narrowcast.cli import report, train
+from narrowcast.errors import NarrowcastError, RunDirectoryError, UnknownName, UsageError
+from narrowcast.plan import Plan
+from narrowcast.planning.plan_file import read_plan
+from narrowcast.records.codec import from_json, loads
+from narrowcast.records.plan import PlanRecord
+from narrowcast.records.run import RunRecord
+from narrowcast.units import parse_bytes
+
+SMALL = ("--set", "batch_size=64", "--set", "width=64", "--device", "cpu")
+BUDGET = "210KiB"
+"""Less than the 238 KiB of plain fp32 training, and more than the least that fits."""
+FEW = ("-p", "fp32", "--json", "-")
+
+
+def run(*arguments: str) -> Result:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    for verb in (plan_verb, train, report):
+        verb.register(app)
+    result = CliRunner().invoke(app, arguments)
+    if isinstance(result.exception, NarrowcastError):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan file for a budget that fp32 does not fit."""
+    file = tmp_path_factory.mktemp("plan") / "plan.json"
+    result = run("plan", "tabular", "--budget", BUDGET, *SMALL, "--output", str(file))
+    assert result.exit_code == 0, result.output
+    return file
+
+
+@pytest.mark.slow
+def test_a_plan_fits_and_says_why_and_how_to_run_it(planned: Path) -> None:
+    """Keys as promised: budget, chosen plan and reason, frontier, command, code."""
+    record = loads(PlanRecord, planned.read_text())
+
+    assert record.budget_bytes == 210 * 1024
+    assert record.chosen.predicted_bytes <= record.budget_bytes
+    assert record.chosen.measured_bytes is not None
+    assert record.chosen.measured_bytes <= record.chosen.predicted_bytes
+    assert record.chosen.speed == "measured"
+    assert record.why
+    assert record.effects
+    assert record.command.endswith(f"--plan {planned}")
+    assert "--set width=64" in record.command
+    assert "narrowcast.Engine" in record.code
+    assert from_json(Plan, record.chosen.plan) == read_plan(planned)
+
+
+@pytest.mark.slow
+def test_the_frontier_falls_in_memory_as_it_rises_in_time(planned: Path) -> None:
+    """No point of it is beaten, and the smallest is what an impossible budget would name."""
+    points = loads(PlanRecord, planned.read_text()).frontier
+
+    sizes = [point.predicted_bytes for point in points]
+    seconds = [point.seconds for point in points]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.slow
+def test_train_runs_the_plan_and_stays_within_the_budget(planned: Path, tmp_path: Path) -> None:
+    """The peak that a training measures of itself is the planner's promise kept."""
+    place = tmp_path / "run"
+    result = run(
+        "train", "tabular", *SMALL, "--plan", str(planned), "--steps", "4", "--output", str(place)
+    )
+
+    assert result.exit_code == 0, result.output
+    record = loads(RunRecord, (place / "run.json").read_text())
+    promised = loads(PlanRecord, planned.read_text())
+    assert record.plan == promised.chosen.plan
+    assert record.peak_bytes is not None
+    assert record.peak_bytes <= promised.budget_bytes
+    assert read_plan(place / "run.json") == read_plan(planned)
+
+
+@pytest.mark.slow
+def test_train_plans_for_itself_when_given_a_budget(tmp_path: Path) -> None:
+    """One command from a budget to a trained model; the choice and its reason are told."""
+    place = tmp_path / "run"
+    result = run(
+        "train", "tabular", *SMALL, "--budget", BUDGET, "--steps", "4", "--output", str(place)
+    )
+
+    assert result.exit_code == 0, result.output
+    record = loads(RunRecord, (place / "run.json").read_text())
+    assert record.peak_bytes is not None
+    assert record.peak_bytes <= parse_bytes(BUDGET)
+    assert "plan " in result.stderr
+
+
+@pytest.mark.slow
+def test_json_alone_stands_on_stdout() -> None:
+    """--json - is for programs."""
+    result = run("plan", "tabular", "--budget", "1GiB", *SMALL, *FEW)
+
+    record = json.loads(result.stdout)
+    assert record["precisions"] == ["fp32"]
+    assert record["chosen"]["exact"] is True
+    assert result.exit_code == 0
+
+
+@pytest.mark.slow
+def test_an_impossible_budget_names_the_least_that_fits() -> None:
+    """The error is of use: that budget can be given, and is then met."""
+    with pytest.raises(UsageError, match="the least that fits is") as raised:
+        run("plan", "tabular", "--budget", "1KiB", *SMALL, "-p", "fp32")
+
+    assert raised.value.exit_code == 2
+    least = raised.value.message.rpartition("(")[2].split(" ")[0].replace(",", "")
+    assert run("plan", "tabular", "--budget", least, *SMALL, "-p", "fp32").exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_kept_batch_needs_more() -> None:
+    """--keep-batch says so where it is what makes a budget impossible."""
+    with pytest.raises(UsageError, match="while the batch is kept whole") as raised:
+        run("plan", "tabular", "--budget", "1KiB", *SMALL, "-p", "fp32", "--keep-batch")
+
+    assert "--keep-batch" in raised.value.hint
+
+
+@pytest.mark.parametrize("budget", ["2 gibberish", "GiB", "-1GiB", "", "2GiB extra", "0"])
+def test_a_budget_in_nonsense_units_is_one_clear_error(budget: str) -> None:
+    """A budget is never guessed."""
+    with pytest.raises(UsageError):
+        run("plan", "tabular", f"--budget={budget}", *SMALL)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tabluar", "--budget", "1GiB"),
+        ("tabular", "--budget", "1GiB", "--device", "h20"),
+        ("tabular", "--budget", "1GiB", "-p", "fp23", "--device", "cpu"),
+        ("tabular", "--budget", "1GiB", "--set", "widht=3", "--device", "cpu"),
+    ],
+)
+def test_an_unknown_name_is_an_error_with_the_nearest_match(arguments: tuple[str, ...]) -> None:
+    """Recipe, device, precision, option."""
+    with pytest.raises(UnknownName, match="unknown"):
+        run("plan", *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (("--precision", "bf16"), "--precision"),
+        (("--keep-fp32", "head"), "--keep-fp32"),
+        (("--autocast-rules", "cuda"), "--autocast-rules"),
+        (("--budget", "1GiB"), "--budget"),
+    ],
+)
+def test_what_a_plan_says_cannot_be_said_twice(
+    planned: Path, extra: tuple[str, ...], named: str
+) -> None:
+    """Nothing is silently ignored: the error names both options."""
+    with pytest.raises(UsageError, match=f"--plan and {named}"):
+        run("train", "tabular", *SMALL, "--plan", str(planned), *extra)
+
+
+def test_a_budget_is_for_a_new_run() -> None:
+    """To go on, the run's own plan is given."""
+    with pytest.raises(UsageError, match="--budget and --resume"):
+        run("train", "tabular", *SMALL, "--budget", "1GiB", "--resume")
+
+
+def test_another_file_is_left_as_it_is(tmp_path: Path) -> None:
+    """--output replaces a plan, and nothing else; that is checked before the work begins."""
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+
+    with pytest.raises(RunDirectoryError, match="was not written by narrowcast"):
+        run("plan", "tabular", "--budget", "1GiB", *SMALL, "--output", str(file))
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_report_is_rendered_again_from_the_file(planned: Path) -> None:
+    """`narrowcast report plan.json` writes the page with the frontier."""
+    result = run("report", str(planned))
+
+    assert result.exit_code == 0, result.output
+    assert "Memory against speed" in result.stdout
+    assert "<html" in planned.with_suffix(".html").read_text()[:2000]
