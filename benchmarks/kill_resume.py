@@ -1,6 +1,6 @@
 """kill -9 at random moments of a run, resume, and compare the final weights bit for bit.
 
-    python benchmarks/kill_resume.py [--precisions fp32,fp16,bf16,bf16-true] [--kills 20] [--record]
+    python benchmarks/kill_resume.py [--precisions fp32,fp16,bf16,bf16-true,bf16-split,lean] [--kills 20] [--record]
 
 Per precision: one run that nobody disturbs is the reference. Then runs are killed, each at a random
 moment between its start and its end (building, first checkpoint, steps, evaluations, the writing of
@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from provenance import write_results
 
-from narrowcast.policy import policy_named
+from narrowcast.plan import plan_named
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import StepPoint
 from narrowcast.training.run_directory import RunDirectory
@@ -66,7 +66,7 @@ def train_in_child(directory: Path, precision: str, *, resume: bool) -> int:
     try:
         train(
             load_recipe(RECIPE),
-            policy_named(precision),
+            plan_named(precision),
             OPTIONS,
             directory,
             device=torch.device("cpu"),
@@ -144,7 +144,7 @@ def kills_of(precision: str, wanted: int, root: Path, rng: random.Random) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--precisions", default="fp32,fp16,bf16,bf16-true")
+    parser.add_argument("--precisions", default="fp32,fp16,bf16,bf16-true,bf16-split,lean")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="write benchmarks/results")

@@ -3,8 +3,8 @@
 The third step is measured: the first makes the optimizer's state, the second looks like all others.
 The step is the engine's own, so gradients are there from backward until the update.
 
-For autocast policies it is measured in fp32 too, and forward and backward at other batch sizes until
-the break-even is known. ``prediction`` takes the same steps on fake tensors.
+For autocast policies it is measured in fp32 too, and forward and backward at other batch sizes
+until the break-even is known. ``prediction`` takes the same steps on fake tensors.
 """
 
 from __future__ import annotations
@@ -84,11 +84,9 @@ def measure_recipe(
         data, batch = first_batch(recipe, recipe.batch_size, seed)
         bench = Bench.of(recipe, plan, device, data=data, batch=batch)
         ledger = bench.steady_step(warm_up=_WARM_UP_STEPS)
-        record = replace(
-            ledger.record(recipe=recipe.name, precision=plan.name, batch_size=bench.size),
-            options=option_values(recipe),
-        )
-        record = replace(record, notes=(*notes_on(policy, device), *record.notes))
+        record = ledger.record(recipe=recipe.name, precision=plan.name, batch_size=bench.size)
+        notes = (*notes_on(bench, device), *record.notes)
+        record = replace(record, options=option_values(recipe), notes=notes)
         if cross_check:
             record = _cross_checked(record, bench)
         if break_even and policy.autocasts:
@@ -226,9 +224,10 @@ class _Repeated:
         return self.data[index % len(self.data)]
 
 
-def notes_on(policy: Policy, device: torch.device) -> list[str]:
-    """Say what a reader of the lines should know about a policy."""
-    notes = []
+def notes_on(bench: Bench, device: torch.device) -> list[str]:
+    """Say what a plan came to on a model that has stepped, and how to read its lines."""
+    policy, levers = bench.policy, bench.engine.levers
+    notes = [*bench.engine.notes, *levers.notes, *levers.without_effect()]
     if policy.autocasts:
         notes.append(
             "the line 'parameters' holds the fp32 master weights; autocast's copies of them are "

@@ -14,6 +14,9 @@ from narrowcast.optim.adamw import AdamW
 from narrowcast.optim.sgd import SGD
 
 common = pytest.importorskip("torch.testing._internal.common_optimizers")
+# Importing torch's test tables freezes the switches of torch.backends for the whole process, and so
+# for every other test in it; this is what `torch.backends.disable_global_flags` sets.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 OURS = {"AdamW": AdamW, "SGD": SGD}
 INFOS = [info for info in common.optim_db if info.name in OURS]

@@ -11,7 +11,13 @@ from typer.testing import CliRunner, Result
 
 from narrowcast.cli import plan as plan_verb
 from narrowcast.cli import report, train
-from narrowcast.errors import NarrowcastError, RunDirectoryError, UnknownName, UsageError
+from narrowcast.errors import (
+    NarrowcastError,
+    RecipeError,
+    RunDirectoryError,
+    UnknownName,
+    UsageError,
+)
 from narrowcast.plan import Plan
 from narrowcast.planning.plan_file import read_plan
 from narrowcast.records.codec import from_json, loads
@@ -201,3 +207,18 @@ def test_a_report_is_rendered_again_from_the_file(planned: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "Memory against speed" in result.stdout
     assert "<html" in planned.with_suffix(".html").read_text()[:2000]
+
+
+def test_a_model_that_reads_values_names_the_operation_and_offers_measuring(tmp_path: Path) -> None:
+    """What cannot be traced cannot be planned, and that is one clear error."""
+    file = tmp_path / "reads.py"
+    text = (Path(__file__).parents[1] / "recipes" / "regression.py").read_text()
+    file.write_text(
+        text.replace(
+            "batch\n    return (model", "batch\n    y = y if x.sum() > 0 else -y\n    return (model"
+        )
+    )
+
+    with pytest.raises(RecipeError, match="_local_scalar_dense") as raised:
+        run("plan", str(file), "--budget", "1GiB", "--device", "cpu")
+    assert "narrowcast memory" in raised.value.hint

@@ -235,6 +235,18 @@ def test_a_real_module_is_cast_as_ever_while_another_thread_is_on_a_stage() -> N
     assert "__deepcopy__" not in vars(FakeTensor)
 
 
+def test_what_a_plan_leaves_out_of_a_model_is_said() -> None:
+    """An MLP has no repeated blocks to recompute and no head to chunk; measured and predicted."""
+    loaded = load_recipe("tabular", ["batch_size=4"])
+
+    predicted = predict_memory(loaded, "lean", break_even=False)
+
+    measured = measure_recipe(loaded, plan_named("lean"), CPU, break_even=False)
+    assert predicted.notes == measured.notes
+    assert any(note.startswith("without checkpoint") for note in predicted.notes)
+    assert any(note.startswith("loss: whole") for note in predicted.notes)
+
+
 def test_the_noise_of_a_trace_is_not_found_by_a_training() -> None:
     """Stochastic rounding keeps a tile of noise for each device, and a fake one is no noise."""
     predict_memory("tabular", "bf16-split", batch_size=4)

@@ -116,9 +116,7 @@ def test_a_comparison_does_not_go_on_with_another_training(
     edit(recipe)  # type: ignore[operator]
 
     with pytest.raises(NarrowcastError, match="under another protocol"):
-        compare(
-            plan_comparison(load_recipe(recipe), plans, seeds=1, device=CPU), tmp_path / "out"
-        )
+        compare(plan_comparison(load_recipe(recipe), plans, seeds=1, device=CPU), tmp_path / "out")
 
 
 def test_the_hash_of_the_data_follows_from_the_seed(recipe: Path) -> None:

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from narrowcast.data import batch_len, split_batch
 from narrowcast.engine.stores import planned_optimizer
-from narrowcast.errors import RecipeError
+from narrowcast.errors import NarrowcastError, RecipeError
 from narrowcast.memory.storages import tensors_in
 from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.states import fitted, state_store
@@ -44,8 +44,9 @@ from narrowcast.records.memory import MemoryRecord
 
 __all__ = ["Need", "Peaks", "model_without_contents", "with_data_at_hand"]
 
-# optim.step.CHUNK: a step has at most fourteen fp32 ranges of this many elements alive.
-_STEP_BYTES = 14 * 4 * CHUNK
+# optim.step.CHUNK: a step has at most fourteen fp32 ranges of this many elements alive, and there
+# is the table of as many that noise is made from (rounding).
+_STEP_BYTES = (14 + 1) * 4 * CHUNK
 _CLOSE = 1.05
 """A bound within this of what is sure is taken as it is: too much, never too little."""
 
@@ -66,6 +67,8 @@ class _Phases:
     releasing: int
     """Of forward and backward with no gradient alive but the largest one."""
     stepping: int
+    beside: int
+    """What is needed beyond the bytes of tensors: a GPU's reserve for them, and the margin."""
 
 
 class Peaks:
@@ -81,6 +84,7 @@ class Peaks:
         self._target = target
         self._say = say
         self._records: dict[Plan, MemoryRecord] = {}
+        self._failures: dict[Plan, NarrowcastError] = {}
         self._phases: dict[Plan, _Phases] = {}
         self._held: dict[tuple[object, ...], int] = {}
         self._steps: dict[tuple[object, ...], int] = {}
@@ -118,21 +122,20 @@ class Peaks:
         held = self.bytes_held(plan)
         whole = self._phases_of(replace(plan, micro_batches=1))
         if plan.gradients == "release":
-            return whole.releasing + held
+            return whole.releasing + held + whole.beside
         computing, stepping = whole.computing, whole.stepping
         if plan.micro_batches > 1:
             least = self._phases_of(replace(plan, micro_batches=parts[-1]))
             share = (1 / plan.micro_batches - 1 / parts[-1]) / (1 - 1 / parts[-1])
             computing = round(least.computing + share * (computing - least.computing))
             stepping = least.stepping
-        if plan.weights != OWN and stepping + _STEP_BYTES > _CLOSE * computing:
+        is_close = stepping + _STEP_BYTES > _CLOSE * computing
+        if self._target == "cpu" and plan.weights != OWN and is_close:
             stepping = max(stepping, self._alike(plan))
-        return max(computing, stepping) + held
+        return max(computing, stepping) + held + whole.beside
 
     def _required(self, plan: Plan) -> int:
-        record = self._record(plan)
-        peak = record.total_peak_bytes if record.reserved_bytes is None else record.reserved_bytes
-        return peak + (record.margin_bytes or 0) + self._left_out(plan)
+        return _required_by(self._record(plan)) + self._left_out(plan)
 
     def _phases_of(self, plan: Plan) -> _Phases:
         """Trace what a plan computes with the recipe's own optimizer."""
@@ -151,8 +154,14 @@ class Peaks:
     def _record(self, plan: Plan) -> MemoryRecord:
         key = anonymous(plan)
         if key not in self._records:
+            if key in self._failures:
+                raise self._failures[key]
             self._say(f"traced {len(self._records)} steps, now {short(plan)}")
-            self._records[key] = self._traced(key)
+            try:
+                self._records[key] = self._traced(key)
+            except NarrowcastError as error:
+                self._failures[key] = error
+                raise
         return self._records[key]
 
     def _traced(self, plan: Plan) -> MemoryRecord:
@@ -273,7 +282,14 @@ def _phases_in(record: MemoryRecord, *, largest_gradient: int, unseen: int) -> _
             computing = max(computing, rest)
             gradients = point.categories.get("gradients", 0)
             releasing = max(releasing, rest - max(gradients - largest_gradient, 0))
-    return _Phases(computing, releasing, stepping)
+    beside = _required_by(record) - record.total_peak_bytes
+    return _Phases(computing, releasing, stepping, beside)
+
+
+def _required_by(record: MemoryRecord) -> int:
+    """Return a record's peak; on a GPU what its allocator reserves, and the margin."""
+    peak = record.total_peak_bytes if record.reserved_bytes is None else record.reserved_bytes
+    return peak + (record.margin_bytes or 0)
 
 
 def model_without_contents(recipe: Recipe, stage: Stage) -> nn.Module:

@@ -45,7 +45,7 @@ _SLACK = 0.3
 _GUESS = 1.05
 _WALKS = 3
 """How often the measurements of finalists may bring up new ones."""
-_LEAST_TRIED = 4
+_LEAST_TRIED = 12
 """Plans whose peaks are settled before a budget is called impossible."""
 
 
@@ -71,13 +71,17 @@ def plan_recipe(
     micro-batches, `release` allows gradient release. `file` is where the record will be, for the
     command that it tells. Raises UsageError, with the least that fits, for an impossible budget.
     """
-    if isinstance(recipe, Recipe):
-        planner = Planner(recipe, device=device, precisions=precisions, keep_batch=keep_batch,
-                          release=release, say=say)  # fmt: skip
-        return planner.plan(budget_bytes, file=file)
-    planner = Planner(load_recipe(recipe, options), device=device, precisions=precisions,
-                      keep_batch=keep_batch, release=release, say=say)  # fmt: skip
-    return planner.plan(budget_bytes, file=file, options=options)
+    _require_something(budget_bytes)
+    is_loaded = isinstance(recipe, Recipe)
+    planner = Planner(
+        recipe if isinstance(recipe, Recipe) else load_recipe(recipe, options),
+        device=device,
+        precisions=precisions,
+        keep_batch=keep_batch,
+        release=release,
+        say=say,
+    )
+    return planner.plan(budget_bytes, file=file, options=None if is_loaded else options)
 
 
 class Planner:
@@ -126,6 +130,7 @@ class Planner:
         self, budget_bytes: int, *, file: str = "plan.json", options: Sequence[str] | None = None
     ) -> PlanRecord:
         """Return the record for a budget. Raises UsageError, with the least that fits."""
+        _require_something(budget_bytes)
         began = time.perf_counter()
         if not self._ranked:
             self._ranked = self._estimated()
@@ -169,6 +174,8 @@ class Planner:
     def _estimated(self) -> dict[Plan, Candidate]:
         """Estimate peak and speed of every plan."""
         found = {}
+        plain = Plan(name="plain", policy=self.space.policies[0])
+        self.peaks.need(plain)  # what cannot be traced at all is one error, with the line
         for plan in candidates(self.space):
             try:
                 size = self.peaks.guess(plan, self.space.micro_batches)
@@ -176,11 +183,6 @@ class Planner:
                 self._leave_out(plan, error)
                 continue
             found[plan] = self._candidate(plan, size)
-        if not found:
-            raise UsageError(
-                f"no step of {self._recipe.name} can be predicted: {self._notes[-1]}",
-                hint="`narrowcast memory` measures a step with real tensors",
-            )
         return found
 
     def _candidate(self, plan: Plan, size: int) -> Candidate:
@@ -278,13 +280,16 @@ class Planner:
 
     def _impossible(self, budget: int) -> UsageError:
         """Say which plan takes the least, and how much that is."""
-        smallest = sorted(self._ranked.values(), key=lambda c: c.bytes)
-        tried = [
-            settled
-            for c in [c for c in smallest if c.plan not in self._unfit][:_LEAST_TRIED]
-            if (settled := self._settled(c, c.bytes * 1000)) is not None
-        ]
-        least = min(tried, key=lambda c: c.bytes)
+        least: Candidate | None = None
+        tried = 0
+        for guess in sorted(self._ranked.values(), key=lambda c: c.bytes):
+            if least is not None and (tried == _LEAST_TRIED or guess.bytes > least.bytes * _GUESS):
+                break
+            settled = self._settled(guess, guess.bytes * 1000)
+            if settled is not None:
+                tried += 1
+                least = settled if least is None else min(least, settled, key=lambda c: c.bytes)
+        assert least is not None, "the plainest plan was traced before anything else"
         batch = " while the batch is kept whole" if self._keep_batch else ""
         return UsageError(
             f"nothing trains {self._recipe.name} (batch {self.peaks.batch_size}) in "
@@ -322,6 +327,14 @@ class Planner:
             device=self._place.name,
             seconds=seconds,
             environment=environment(self._place.device or torch.device("cpu")),
+        )
+
+
+def _require_something(budget_bytes: int) -> None:
+    if budget_bytes < 1:
+        raise UsageError(
+            f"a budget of {budget_bytes} bytes holds nothing",
+            hint="give an amount of memory, such as --budget 2GiB",
         )
 
 

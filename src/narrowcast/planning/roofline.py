@@ -31,8 +31,8 @@ from narrowcast.recipes.load import Recipe
 
 __all__ = ["Roofline", "Work"]
 
-# What one kernel costs however little it does: NVIDIA, "Getting Started with CUDA Graphs" (2019),
-# measures 3.8 us a kernel of 2.9 us when launches overlap and 9.6 us when they do not.
+# What one kernel costs however little it does, where launches overlap with earlier kernels: about
+# 4 us in NVIDIA's "Getting Started with CUDA Graphs" (2019). It ranks micro-batches, and no more.
 _LAUNCH_S = 4e-6
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _CPU = torch.device("cpu")

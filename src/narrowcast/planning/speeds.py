@@ -35,10 +35,10 @@ from narrowcast.recipes.load import Recipe
 
 __all__ = ["Measured", "Speeds", "StepTimes"]
 
-_LEAST, _MOST = 2, 9
-"""Steps of a short measurement, beside one to warm up."""
+_MOST = 9
+"""Steps of a short measurement, beside one to warm up; a single one where that is a slow one."""
 _PATIENCE_S = 0.4
-_ROUNDS, _MOST_ROUNDS = 3, 15
+_ROUNDS, _MOST_ROUNDS = 2, 15
 """In how many rounds finalists take turns."""
 _FINAL_S = 1.5
 """Of a finalist's steps altogether, from which on no further round is taken."""
@@ -191,20 +191,26 @@ class Speeds:
 
 def _repeated(run: Callable[[], object], device: torch.device) -> list[float]:
     _seconds(run, device)  # the first makes the optimizer's state and chooses kernels
-    taken = [_seconds(run, device) for _ in range(_LEAST)]
+    taken = [_seconds(run, device)]
     while len(taken) < _MOST and sum(taken) < _PATIENCE_S:
         taken.append(_seconds(run, device))
     return taken
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Time one call; on a CPU by the clock or the processor's time, whichever is shorter.
+
+    On a machine that is busy with something else, the clock goes on while we wait; with several
+    threads on a quiet one, the processor's time is a multiple of the clock's.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+        return time.perf_counter() - start
+    return min(time.perf_counter() - start, time.process_time() - worked)
 
 
 def _summary(times: list[float], peak_bytes: int) -> Measured:

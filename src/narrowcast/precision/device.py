@@ -28,8 +28,11 @@ from narrowcast.records.run import Environment
 
 __all__ = [
     "Capability",
+    "can",
     "capabilities",
+    "choose_for_cuda",
     "choose_policy",
+    "cuda_capabilities",
     "device_at_hand",
     "environment",
     "measure_device",
@@ -84,11 +87,11 @@ def device_at_hand(name: str | None = None) -> torch.device:
 def capabilities(device: torch.device) -> dict[str, Capability]:
     """Say for each compute format whether the device has it, from what the device reports."""
     if device.type == "cuda":
-        return _cuda_capabilities(torch.cuda.get_device_capability(device))
+        return cuda_capabilities(torch.cuda.get_device_capability(device))
     return _cpu_capabilities(_cpu_features())
 
 
-def _cuda_capabilities(version: tuple[int, int]) -> dict[str, Capability]:
+def cuda_capabilities(version: tuple[int, int]) -> dict[str, Capability]:
     """Compute capability 7.0 brought tensor cores for fp16, 8.0 those for bf16 and TF32.
 
     NVIDIA, CUDA C++ Programming Guide, table of features per compute capability.
@@ -131,7 +134,7 @@ def _cpu_capabilities(features: Mapping[str, bool]) -> dict[str, Capability]:
 def require(policy: Policy, device: torch.device) -> None:
     """Raise UnsupportedPrecision unless the device computes and keeps weights in its formats."""
     able = capabilities(device)
-    possible = [n for n, p in POLICIES.items() if _can(p, able)]
+    possible = [n for n, p in POLICIES.items() if can(p, able)]
     for role, name in (("computes", policy.compute), ("keeps weights", policy.param)):
         if name not in able or not able[name].supported:
             why = able[name].why if name in able else "torch has no such matrix products"
@@ -142,7 +145,8 @@ def require(policy: Policy, device: torch.device) -> None:
             )
 
 
-def _can(policy: Policy, able: Mapping[str, Capability]) -> bool:
+def can(policy: Policy, able: Mapping[str, Capability]) -> bool:
+    """Whether a device with these capabilities computes and keeps weights as the policy asks."""
     return all(f in able and able[f].supported for f in (policy.compute, policy.param))
 
 
@@ -186,11 +190,12 @@ def choose_policy(device: torch.device) -> tuple[Policy, str]:
     """Choose the precision for ``auto``, with the reason in words and measured figures."""
     able = capabilities(device)
     return (
-        _choose_for_cuda(able) if device.type == "cuda" else _choose_for_cpu(_time(device, "bf16"))
+        choose_for_cuda(able) if device.type == "cuda" else _choose_for_cpu(_time(device, "bf16"))
     )
 
 
-def _choose_for_cuda(able: Mapping[str, Capability]) -> tuple[Policy, str]:
+def choose_for_cuda(able: Mapping[str, Capability]) -> tuple[Policy, str]:
+    """Choose the precision for ``auto`` on a GPU with these capabilities, with the reason."""
     if able["bf16"].native:
         return POLICIES["bf16"], (
             f"bf16 runs on tensor cores here ({able['bf16'].why}) and has fp32's range, "
@@ -266,7 +271,7 @@ def measure_device(device: torch.device) -> DeviceRecord:
         if able[f].supported
     }
     cpu = device.type == "cpu"
-    policy, why = _choose_for_cpu(timings["bf16"]) if cpu else _choose_for_cuda(able)
+    policy, why = _choose_for_cpu(timings["bf16"]) if cpu else choose_for_cuda(able)
     return DeviceRecord(
         device=str(device),
         name=_device_name(device),

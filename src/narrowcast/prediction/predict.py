@@ -130,7 +130,7 @@ def _predict(build: Builder, plan: Plan, target: Target, *, break_even: bool) ->
         device=target.name,
         predicted=True,
         assumptions=(*_assumptions(plan.policy), *found.assumptions),
-        notes=(*notes_on(plan.policy, target.device), *found.notes),
+        notes=(*notes_on(bench, target.device), *found.notes),
     )
     if break_even and plan.policy.compute in ("fp16", "bf16"):
         record = advise(record, bench, ledger, stage=stage, build=build)

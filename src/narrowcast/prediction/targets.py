@@ -18,9 +18,9 @@ from narrowcast.policy import POLICIES
 
 # The table behind `capabilities` and `auto`, asked for a GPU that is not there.
 from narrowcast.precision.device import (
-    _can,
-    _choose_for_cuda,
-    _cuda_capabilities,
+    can,
+    choose_for_cuda,
+    cuda_capabilities,
     require,
     resolve_plan,
 )
@@ -103,17 +103,17 @@ class CudaGpu:
         return torch.device("cuda")
 
     def plan(self, precision: Plan | str) -> tuple[Plan, str]:
-        able = _cuda_capabilities(divmod(self.gpu.sm, 10))
+        able = cuda_capabilities(divmod(self.gpu.sm, 10))
         if precision == "auto":
-            policy, why = _choose_for_cuda(able)
+            policy, why = choose_for_cuda(able)
             return plan_named(policy.name), why
         plan = plan_named(precision) if isinstance(precision, str) else precision
-        if _can(plan.policy, able):
+        if can(plan.policy, able):
             return plan, "as asked"
         formats = dict.fromkeys((plan.policy.compute, plan.policy.param))
         lacking = next(name for name in formats if name not in able or not able[name].supported)
         why = f": {able[lacking].why}" if lacking in able else ""
-        possible = [name for name, policy in POLICIES.items() if _can(policy, able)]
+        possible = [name for name, policy in POLICIES.items() if can(policy, able)]
         raise UnsupportedPrecision(
             f"precision {plan.name!r} needs {lacking}, and {self.gpu.title} lacks it{why}",
             hint=f"this GPU can: {', '.join(possible)}; 'auto' chooses one and says why",
