@@ -1,6 +1,6 @@
 """kill -9 at random moments of a run, resume, and compare the final weights bit for bit.
 
-    python benchmarks/kill_resume.py [--precisions fp32,fp16,bf16,bf16-true,bf16-split,lean] [--kills 20] [--record]
+    python benchmarks/kill_resume.py [--precisions fp32,bf16,lean] [--kills 20] [--record]
 
 Per precision: one run that nobody disturbs is the reference. Then runs are killed, each at a random
 moment between its start and its end (building, first checkpoint, steps, evaluations, the writing of
