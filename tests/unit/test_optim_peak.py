@@ -99,3 +99,22 @@ def test_making_and_reading_weights_needs_little_more_than_the_weights(weights: 
     with Peak(known(optimizer)) as peak:
         master = optimizer.master(parameter)
     assert peak.most - peak.before <= master.nbytes + LIMIT
+
+
+NOISE_TABLE = 2**18
+"""Bytes that are made once and kept for all optimizers on a device."""
+
+
+@pytest.mark.parametrize("width", [64, 128, 512, 2048])
+def test_temporaries_are_no_larger_than_the_model(width: int) -> None:
+    """A step on a small model does not take more than the model itself, beside a fixed least."""
+    parameter = torch.nn.Parameter(torch.randn(width, width))
+    optimizer = AdamW([parameter], weights="split8", states="int4")
+    parameter.grad = torch.randn_like(parameter).bfloat16()
+    optimizer.step()
+    parameter.grad = torch.randn_like(parameter).bfloat16()
+
+    with Peak(known(optimizer)) as peak:
+        optimizer.step()
+
+    assert peak.most - peak.before <= max(4 * parameter.numel(), 14 * 4 * 8192) + NOISE_TABLE

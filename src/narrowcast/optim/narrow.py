@@ -23,7 +23,7 @@ from narrowcast.optim.loading import KEEP_FP32, LAYOUT, STEP, adapted, in_order,
 from narrowcast.optim.masters import read_master, write_master
 from narrowcast.optim.rule import Rule
 from narrowcast.optim.states import Blocks, Moment, StateStore, fitted, state_store
-from narrowcast.optim.step import Item, Numbers
+from narrowcast.optim.step import Item, Numbers, chunk_for
 from narrowcast.optim.weights import REMAINDER, WeightStore
 
 __all__ = ["Held", "NarrowOptimizer", "refuse", "require_storable"]
@@ -197,6 +197,7 @@ class NarrowOptimizer(Optimizer):
 
     def _prepared(self, chosen: set[Tensor]) -> Iterator[Item]:
         ordinal = -1
+        chunk = chunk_for(sum(p.numel() for group in self.param_groups for p in group["params"]))
         for group in self.param_groups:
             known: dict[tuple[int, bool, bool, str], Numbers] = {}
             asked, moments = state_store(group["states"]), self.rule.moments(group)
@@ -221,6 +222,7 @@ class NarrowOptimizer(Optimizer):
                         maximize=group["maximize"],
                         seed=group["seed"],
                         step=step,
+                        chunk=chunk,
                     )
                 numbers = known[key]
                 yield Item(parameter, gradient, state, group, numbers, layout, ordinal)

@@ -21,13 +21,24 @@ from narrowcast.optim.states import SMALL, Moment, StateStore
 from narrowcast.optim.weights import REMAINDER, WeightStore
 from narrowcast.rounding import NOISE_TILE, noise16, stream_key, tensor_key
 
-__all__ = ["CHUNK", "Item", "Numbers", "update"]
+__all__ = ["CHUNK", "Item", "Numbers", "chunk_for", "update"]
 
 CHUNK = 2 * NOISE_TILE
-"""Elements of a range: 512 KiB a temporary in fp32, of which a step has at most a dozen alive.
+"""Elements of the longest range: 512 KiB a temporary in fp32, of which a step has at most a dozen.
 
 Half as long costs a sixth more time on a CPU: an operation has a price of its own.
 """
+_SHORTEST = 8192
+
+
+def chunk_for(numel: int) -> int:
+    """Return the elements of a range for parameters of so many elements together.
+
+    A step's temporaries are then no larger than the parameters are in fp32, and these may be small.
+    Results are the same bits in ranges of any length.
+    """
+    wanted = numel // 16 // SMALL * SMALL  # a dozen temporaries, and some room
+    return max(_SHORTEST, min(CHUNK, wanted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,8 @@ class Numbers:
     maximize: bool
     seed: int
     step: int
+    chunk: int = CHUNK
+    """Elements of a range on a CPU; see `chunk_for`."""
 
     def next(self, rule: Rule, group: Mapping[str, Any]) -> Numbers:
         """Return the numbers of the step after this one."""
@@ -93,20 +106,21 @@ def update(rule: Rule, items: Sequence[Item]) -> None:
             key = id(item.numbers), item.gradient.dtype, item.parameter.device
             small.setdefault(key, []).append(item)
         else:
-            for start in range(0, numel, CHUNK):
-                _advance(rule, [_part(item, start, min(start + CHUNK, numel))])
+            chunk = item.numbers.chunk
+            for start in range(0, numel, chunk):
+                _advance(rule, [_part(item, start, min(start + chunk, numel))])
     for alike in small.values():
         for batch in _batches(alike):
             _advance(rule, [_part(item, 0, item.parameter.numel()) for item in batch])
 
 
 def _batches(items: list[Item]) -> Iterator[list[Item]]:
-    """Yield the items in groups of at most `CHUNK` elements."""
+    """Yield the items, of equal numbers, in groups of at most a range's elements."""
     batch: list[Item] = []
     elements = 0
     for item in items:
         numel = item.parameter.numel()
-        if elements + numel > CHUNK:
+        if elements + numel > item.numbers.chunk:
             yield batch
             batch, elements = [], 0
         batch.append(item)
