@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,3 +62,17 @@ def one_step(
     model = small_model()
     engine = Engine(model, sgd(model), policy, **options)
     return engine, train_step(engine, 0, factor)
+
+
+def require_average_in_fp32(policy: str) -> None:
+    """Skip where torch cannot average bf16 weights in fp32: AveragedModel of torch 2.11 raises."""
+    if policy != "bf16-true":
+        return
+    model = nn.Linear(1, 1)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    model.bfloat16()
+    try:
+        for _ in range(2):  # the first time it copies
+            average.update_parameters(model)
+    except RuntimeError as error:
+        pytest.skip(f"torch {torch.__version__}: {error}")

@@ -17,6 +17,7 @@ from small_training import (
     STEPS,
     adam,
     holds,
+    require_average_in_fp32,
     sgd,
     small_model,
     train_step,
@@ -51,6 +52,7 @@ def test_schedulers_ema_and_counts_follow_applied_steps_only() -> None:
 @pytest.mark.parametrize("policy", ["fp32", "bf16-true"])
 def test_an_averaged_model_averages_the_stepped_weights(policy: str) -> None:
     """The EMA sees the weights after each applied step, bf16 weights included."""
+    require_average_in_fp32(policy)
     model = small_model()
     average = torch.optim.swa_utils.AveragedModel(model)
     engine = Engine(model, sgd(model), policy, ema=average)

@@ -64,6 +64,7 @@ def test_storages_of_another_device_are_not_counted() -> None:
     assert book.total == 0
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11
 def test_a_sparse_tensor_holds_its_indices_and_values() -> None:
     """Sparse gradients of an embedding are made of two storages."""
     values = torch.ones(3)
