@@ -20,7 +20,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "$(FAST)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "$(FAST)" tests/arch tests/unit
 
 # Runs on a machine with a GPU as it stands: no virtual environment, no installation, no network.
 gpu:

@@ -14,6 +14,9 @@ from narrowcast.cli.json_target import is_record
 from narrowcast.errors import UsageError
 from narrowcast.policy import POLICIES
 
+# Whole trainings or traces: left out of `make check`.
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 GOLDEN_RUN = next(TESTS.glob("golden/**/run.json"))
 

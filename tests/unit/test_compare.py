@@ -35,6 +35,9 @@ from narrowcast.recipes.load import load_recipe
 from narrowcast.training.run_directory import RunDirectory
 from narrowcast.training.train import TrainOptions, train
 
+# Whole trainings or traces: left out of `make check`.
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 RECIPE = '''

@@ -18,6 +18,9 @@ from narrowcast.training.model_state import load_model_state, model_state
 from narrowcast.training.run_directory import RunDirectory
 from narrowcast.training.train import TrainOptions, train
 
+# Whole trainings or traces: left out of `make check`.
+pytestmark = pytest.mark.slow
+
 SMALL = Path(__file__).parents[1] / "small_recipe.py"
 CPU = torch.device("cpu")
 

@@ -15,6 +15,9 @@ from narrowcast.prediction.predict import predict_memory
 from narrowcast.records.codec import dumps, loads
 from narrowcast.records.memory import CATEGORIES, MemoryRecord
 
+# Whole trainings or traces: left out of `make check`.
+pytestmark = pytest.mark.slow
+
 SMALL = ("--set", "batch_size=16", "--set", "width=32", "--device", "cpu")
 
 

@@ -24,6 +24,9 @@ from narrowcast.recipes.load import load_recipe
 from narrowcast.records.codec import dumps
 from narrowcast.records.memory import MemoryRecord
 
+# Whole trainings or traces: left out of `make check`.
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 CPU = torch.device("cpu")
 
