@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from narrowcast.plan import plan_named
+from narrowcast.randomness import isolated, random_state, restore_random_state
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.run import RunRecord, StepPoint
 from narrowcast.training import checkpoint
-from narrowcast.training.randomness import isolated, random_state, restore_random_state
 from narrowcast.training.run_directory import RunDirectory
 from narrowcast.training.state_tree import leaves, pack, unpack
 from narrowcast.training.train import TrainOptions, train

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from narrowcast.data import BatchStream, batch_len, epoch_order, evaluation_batches, to_device
 from narrowcast.errors import CheckpointError, DataError, UsageError
-from narrowcast.training.randomness import seed_everything
+from narrowcast.randomness import seed_everything
 
 Pair = namedtuple("Pair", ["x", "y"])
 

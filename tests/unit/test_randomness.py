@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from narrowcast.errors import CheckpointError
-from narrowcast.training.randomness import (
+from narrowcast.randomness import (
     isolated,
     random_state,
     restore_random_state,

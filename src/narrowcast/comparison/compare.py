@@ -19,6 +19,7 @@ from narrowcast.data import evaluation_batches
 from narrowcast.errors import RecipeError, UnknownName, UsageError
 from narrowcast.plan import PLANS, Plan
 from narrowcast.precision.device import environment, require
+from narrowcast.randomness import isolated
 from narrowcast.recipes.load import Recipe, load_again, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.records.comparison import ComparisonRecord, Protocol
@@ -26,7 +27,6 @@ from narrowcast.records.run import OptionValue, RunRecord
 from narrowcast.training.assembly import TrainOptions, data_digest
 from narrowcast.training.checkpoint import checkpoints_in
 from narrowcast.training.events import Event
-from narrowcast.training.randomness import isolated
 from narrowcast.training.run_directory import RunDirectory
 from narrowcast.training.train import train
 

@@ -23,12 +23,12 @@ from narrowcast.errors import UsageError
 from narrowcast.plan import Plan
 from narrowcast.policy import POLICIES
 from narrowcast.precision.cast import numeric_settings
+from narrowcast.randomness import isolated, seed_everything
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.training import checkpoint
 from narrowcast.training.determinism import thread_count
 from narrowcast.training.perturbation import perturb
-from narrowcast.training.randomness import isolated, seed_everything
 
 __all__ = [
     "Assembly",

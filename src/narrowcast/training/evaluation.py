@@ -23,6 +23,7 @@ from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import CheckpointError, RecipeError
 from narrowcast.plan import OWN, Plan
 from narrowcast.precision.device import environment
+from narrowcast.randomness import isolated, seed_everything
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import from_json
 from narrowcast.records.evaluation import EvaluationRecord
@@ -37,7 +38,6 @@ from narrowcast.training.checkpoint import (
 )
 from narrowcast.training.determinism import deterministic as only_deterministic
 from narrowcast.training.model_state import adopt_buffers, load_model_state
-from narrowcast.training.randomness import isolated, seed_everything
 
 __all__ = ["evaluate_model", "evaluate_weights", "restored_notes"]
 

@@ -27,6 +27,7 @@ from narrowcast.data import split_batch, to_device
 from narrowcast.engine.engine import Engine, StepReport
 from narrowcast.errors import NarrowcastError, PrecisionError, RunDirectoryError
 from narrowcast.precision.device import environment, warnings_before_run
+from narrowcast.randomness import isolated, random_state, restore_random_state
 from narrowcast.records.codec import from_json, to_json
 from narrowcast.records.run import RunRecord, Status, StepPoint
 from narrowcast.training import checkpoint
@@ -42,7 +43,6 @@ from narrowcast.training.model_state import (
     shapes_of_buffers,
 )
 from narrowcast.training.progress import Progress
-from narrowcast.training.randomness import isolated, random_state, restore_random_state
 from narrowcast.training.run_directory import MetricsLog, RunDirectory
 from narrowcast.user_code import user_code
 

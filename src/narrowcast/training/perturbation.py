@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.errors import PrecisionError
-from narrowcast.training.randomness import isolated
+from narrowcast.randomness import isolated
 
 __all__ = ["perturb"]
 

@@ -16,6 +16,7 @@ import torch
 from narrowcast.errors import CheckpointError, RunDirectoryError
 from narrowcast.plan import Plan
 from narrowcast.precision.device import environment, require
+from narrowcast.randomness import isolated
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import RecordError, to_json
 from narrowcast.records.run import RunRecord
@@ -24,7 +25,6 @@ from narrowcast.training.assembly import Assembly, TrainOptions, assemble, ident
 from narrowcast.training.determinism import deterministic, thread_count
 from narrowcast.training.events import Ended, Notice, Observer, ignore
 from narrowcast.training.loop import Run
-from narrowcast.training.randomness import isolated
 from narrowcast.training.run_directory import RunDirectory
 
 __all__ = ["TrainOptions", "train"]
