@@ -47,7 +47,7 @@ def bound(k: int, n: int) -> float:
 @pytest.mark.parametrize("ranking", ["good", "random", "worst"])
 def test_exactly_the_culprits_are_found_within_the_bound(n: int, k: int, ranking: str) -> None:
     """Every call counts, those of the proof too, and the bound holds for the worst ranking."""
-    rng = random.Random(f"{n} {k} {ranking}")  # noqa: S311 -- nothing secret
+    rng = random.Random(f"{n} {k} {ranking}")
     names = [f"m{i}" for i in range(n)]
     for _ in range(10):
         culprits = set(rng.sample(names, k))
