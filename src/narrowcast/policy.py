@@ -41,7 +41,24 @@ def _as_pattern(entry: str | type) -> str:
             f"{entry!r} names no module to keep in fp32",
             hint="give a glob on module names, such as 'head' or 'blocks.*.norm', or a class",
         )
+    if not entry.startswith(_CLASS_PREFIX) and ":" in entry:
+        _require_function(entry)
     return entry
+
+
+def _require_function(entry: str) -> None:
+    """Raise UsageError for an entry that names no function that could be kept in fp32."""
+    function = entry.partition(":")[2]
+    if not function.isidentifier():
+        raise UsageError(
+            f"{entry!r} names no function to keep in fp32",
+            hint="give module and function, such as 'blocks.*.attention:softmax'",
+        )
+    if function.endswith("_"):
+        raise UsageError(
+            f"{entry!r}: a function that writes into its argument cannot be computed in fp32",
+            hint="keep the module in fp32, or call the function that returns a new tensor",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +80,8 @@ class Policy:
     """Format in which the model's outputs reach the loss, where the policy casts them."""
     scaling: Scaling = "none"
     keep_fp32: tuple[str, ...] = ()
-    """Modules that stay in fp32: globs on module names, or classes as ``class:module.Name``."""
+    """What stays in fp32: modules, by globs on their names or as ``class:module.Name``, and single
+    functions of modules, as ``glob:function`` (``blocks.*.attention:softmax``)."""
     autocast_rules: AutocastRules = "native"
     """``cuda`` rehearses CUDA's cast lists on a CPU; ``native`` follows the device's own."""
 
@@ -109,6 +127,16 @@ class Policy:
             else fnmatchcase(module_name, entry)
             for entry in self.keep_fp32
         )
+
+    def functions_kept(self, module_name: str) -> dict[str, str]:
+        """Map the functions that a module of this dotted name calls in fp32 to their entries."""
+        return {
+            function: entry
+            for entry in self.keep_fp32
+            if not entry.startswith(_CLASS_PREFIX)
+            for glob, colon, function in (entry.partition(":"),)
+            if colon and fnmatchcase(module_name, glob)
+        }
 
 
 POLICIES: dict[str, Policy] = {

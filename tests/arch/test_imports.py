@@ -23,6 +23,8 @@ PLAIN = (
     "formats",
     "policy",
     "user_code",
+    "plan_files",
+    "search",
     "records.codec",
     "precision.cast_lists",
     "memory.break_even",

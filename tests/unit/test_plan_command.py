@@ -19,7 +19,7 @@ from narrowcast.errors import (
     UsageError,
 )
 from narrowcast.plan import Plan
-from narrowcast.planning.plan_file import read_plan
+from narrowcast.plan_files import read_plan
 from narrowcast.records.codec import from_json, loads
 from narrowcast.records.plan import PlanRecord
 from narrowcast.records.run import RunRecord

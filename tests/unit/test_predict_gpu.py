@@ -16,7 +16,7 @@ from narrowcast.memory.measure import MemoryLedger
 from narrowcast.plan import plan_named
 from narrowcast.prediction.gpu_record import _again, _arrival
 from narrowcast.prediction.predict import predict_memory, predict_step_memory
-from narrowcast.prediction.sight import leave_out, taken_beside
+from narrowcast.prediction.sight import taken_beside
 from narrowcast.prediction.targets import target_named
 from narrowcast.prediction.trace import trace_from_start
 from narrowcast.profiling import Bench, first_batch
@@ -204,7 +204,7 @@ def test_what_is_left_out_of_a_ledger_has_never_been() -> None:
         kernels.scratch(5000)
 
     assert ledger.record().total_peak_bytes > reference.total_peak_bytes
-    leave_out(ledger, beside)
+    ledger.leave_out(beside)
     record = ledger.record()
     assert record.total_peak_bytes == reference.total_peak_bytes
     assert record.lines == reference.lines

@@ -3,6 +3,7 @@
 The recomputation must be the same computation, and must not happen twice to anybody else:
 
     autocast            as it was at the call, and the rehearsed rules of CUDA with it
+    kept functions      in fp32 again, where the policy keeps single functions so
     random numbers      as they were at the call, and put back afterwards
     BatchNorm           its running statistics are written by the first forward alone
     ledgers, trackers   (global module hooks) see it as a call of the module
@@ -28,6 +29,7 @@ from narrowcast.activations.forward import Forward
 from narrowcast.errors import UsageError
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import backward_context
+from narrowcast.precision.functions import FunctionsInForce, functions_in_force
 
 __all__ = ["Checkpoint"]
 
@@ -46,7 +48,7 @@ class Checkpoint:
         kind = tensors[0].device.type if tensors else "cpu"
 
         def contexts() -> tuple[Any, Any]:
-            return nullcontext(), _Recomputing(module, self.policy, kind)
+            return nullcontext(), _Recomputing(module, self.policy, kind, functions_in_force())
 
         written = _Writes(module)
         result = checkpoint(region, *tensors, use_reentrant=False, context_fn=contexts)
@@ -57,8 +59,10 @@ class Checkpoint:
 class _Recomputing:
     """What a recomputation runs under; entered again for each backward pass through one graph."""
 
-    def __init__(self, module: nn.Module, policy: Policy, device_type: str) -> None:
-        self._enter = partial(_recomputing, module, policy, device_type)
+    def __init__(
+        self, module: nn.Module, policy: Policy, device_type: str, functions: FunctionsInForce
+    ) -> None:
+        self._enter = partial(_recomputing, module, policy, device_type, functions)
         self._entered: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> None:
@@ -71,8 +75,10 @@ class _Recomputing:
 
 
 @contextmanager
-def _recomputing(module: nn.Module, policy: Policy, device_type: str) -> Iterator[None]:
-    with backward_context(policy, device_type), _scratch_statistics(module):
+def _recomputing(
+    module: nn.Module, policy: Policy, device_type: str, functions: FunctionsInForce
+) -> Iterator[None]:
+    with backward_context(policy, device_type), _scratch_statistics(module), functions.again():
         yield
 
 

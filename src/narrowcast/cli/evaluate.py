@@ -16,7 +16,7 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.precision import chosen_plan
+from narrowcast.cli.precision import PolicyOption, asked, chosen_plan
 from narrowcast.errors import RunDirectoryError, UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def evaluate(
         str | None,
         typer.Option("--precision", "-p", help="By default the run's own; fp32 for a recipe."),
     ] = None,
+    policy: PolicyOption = None,
     overrides: SetOption = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Seed of the data; by default the run's own, or 0.")
@@ -60,13 +61,15 @@ def evaluate(
     json: JsonOption = None,
 ) -> None:
     """Evaluate stored weights in fp32 and in the precision they were trained in."""
+    is_asked = precision is not None or policy is not None
+    wanted = asked(precision or "auto", policy) if is_asked else None
     if Path(what).is_dir():
         if overrides or seed is not None:
             raise UsageError(
                 f"{what} is a run, which is evaluated with its own options and seed",
                 hint="leave out --set and --seed, or name the recipe and give --weights",
             )
-        record = _of_run(Path(what), weights, precision, device, deterministic=deterministic)
+        record = _of_run(Path(what), weights, wanted, device, deterministic=deterministic)
     elif weights is None:
         raise UsageError(
             f"{what} is no run directory, and no --weights were given",
@@ -80,7 +83,7 @@ def evaluate(
         place = device_at_hand(device)
         record = evaluate_weights(
             load_recipe(what, overrides or ()),
-            chosen_plan(precision or "fp32", place),
+            chosen_plan(wanted or "fp32", place),
             weights,
             device=place,
             seed=seed or 0,
@@ -93,7 +96,7 @@ def evaluate(
 def _of_run(
     directory: Path,
     weights: Path | None,
-    precision: str | None,
+    precision: str | Path | None,
     device: str | None,
     *,
     deterministic: bool | None,

@@ -20,7 +20,7 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.precision import KeepOption, chosen_plan
+from narrowcast.cli.precision import KeepOption, PolicyOption, asked, chosen_plan
 from narrowcast.errors import RunDirectoryError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def register(app: typer.Typer) -> None:
 def memory(
     recipe: RecipeArgument,
     precision: PrecisionOption = "auto",
+    policy: PolicyOption = None,
     overrides: SetOption = None,
     keep_fp32: KeepOption = None,
     device: DeviceOption = None,
@@ -64,7 +65,7 @@ def memory(
     from narrowcast.recipes.load import load_recipe
 
     target = device_at_hand(device)
-    plan = chosen_plan(precision, target, rules=autocast_rules, keep_fp32=keep_fp32)
+    plan = chosen_plan(asked(precision, policy), target, rules=autocast_rules, keep_fp32=keep_fp32)
     with console().status("measuring one training step"):
         record = measure_recipe(
             load_recipe(recipe, overrides or ()),

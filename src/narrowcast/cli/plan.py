@@ -152,7 +152,7 @@ def planned(
             hint=f"leave out {given[0]}, or {asked}",
         )
     if file is not None:
-        from narrowcast.planning.plan_file import read_plan
+        from narrowcast.plan_files import read_plan
 
         return read_plan(file)
     assert budget is not None

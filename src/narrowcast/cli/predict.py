@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,11 +17,10 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.precision import KeepOption
+from narrowcast.cli.precision import KeepOption, PolicyOption, adjusted, asked
 
 if TYPE_CHECKING:
     from narrowcast.plan import Plan
-    from narrowcast.policy import AutocastRules
 
 __all__ = ["register"]
 
@@ -43,6 +42,7 @@ def register(app: typer.Typer) -> None:
 def predict(
     recipe: RecipeArgument,
     precision: PrecisionOption = "auto",
+    policy: PolicyOption = None,
     batch: BatchOption = None,
     overrides: SetOption = None,
     keep_fp32: KeepOption = None,
@@ -58,7 +58,7 @@ def predict(
     from narrowcast.prediction.predict import predict_memory
     from narrowcast.report.terminal import render_terminal
 
-    plan = _plan(precision, device, rules=autocast_rules, keep_fp32=keep_fp32 or [])
+    plan = _plan(asked(precision, policy), device, rules=autocast_rules, keep_fp32=keep_fp32 or [])
     with console().status("tracing a training step"):
         record = predict_memory(
             recipe, plan, device=device, batch_size=batch, options=overrides or ()
@@ -68,12 +68,12 @@ def predict(
         render_terminal(record, Console())
 
 
-def _plan(name: str, device: str, *, rules: str, keep_fp32: list[str]) -> Plan:
-    """Resolve a precision's name for a device that need not be there; says which was chosen."""
+def _plan(name: str | Path, device: str, *, rules: str, keep_fp32: list[str]) -> Plan:
+    """Resolve a precision's name, or a file, for a device that need not be there; says which."""
+    from narrowcast.plan_files import read_plan
     from narrowcast.prediction.targets import target_named
 
-    plan, why = target_named(device).plan(name)
+    plan, why = target_named(device).plan(read_plan(name) if isinstance(name, Path) else name)
     if name == "auto":
         console().print(f"precision {plan.name}: {why}", markup=False, highlight=False)
-    policy = replace(plan.policy, autocast_rules=cast("AutocastRules", rules))
-    return plan.with_policy(policy.keeping_fp32(*keep_fp32))
+    return adjusted(plan, rules=rules, keep_fp32=keep_fp32)

@@ -31,7 +31,7 @@ from narrowcast.cli.common import (
     emit_json,
 )
 from narrowcast.cli.plan import BudgetOption, PlanOption, planned
-from narrowcast.cli.precision import KeepOption, chosen_plan
+from narrowcast.cli.precision import KeepOption, PolicyOption, asked, chosen_plan
 from narrowcast.units import format_duration
 
 if TYPE_CHECKING:
@@ -78,11 +78,21 @@ MeasureOption = Annotated[
         help="Measure memory, executed dtypes and what the device does badly, on early steps.",
     ),
 ]
+WatchOption = Annotated[
+    int,
+    typer.Option(
+        "--watch",
+        metavar="N",
+        help="Look at the values at module borders every N steps, and say where a run that gives "
+        "up went wrong; 0: do not.",
+    ),
+]
 
 
 def train(
     recipe: RecipeArgument,
     precision: PrecisionOption = "auto",
+    policy: PolicyOption = None,
     plan: PlanOption = None,
     budget: BudgetOption = None,
     overrides: SetOption = None,
@@ -98,6 +108,7 @@ def train(
     checkpoint_every: CheckpointOption = None,
     evaluate_every: EvaluateOption = None,
     measure: MeasureOption = True,
+    watch: WatchOption = 100,
     deterministic: DeterministicOption = True,
     json: JsonOption = None,
 ) -> None:
@@ -114,10 +125,12 @@ def train(
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
         measure=measure,
+        watch=watch,
         deterministic=deterministic,
     )
     place = device_at_hand(device)
     loaded = load_recipe(recipe, overrides or ())
+    typed = _typed(precision, policy, keep_fp32, autocast_rules)
     chosen = planned(
         recipe,
         overrides,
@@ -125,17 +138,17 @@ def train(
         budget=budget,
         device=device,
         release=clip_norm is None and accumulate == 1,
-        others=_typed(precision, keep_fp32, autocast_rules, resume=resume and budget is not None),
-    ) or chosen_plan(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
+        others={**typed, "--resume": resume and budget is not None},
+    ) or chosen_plan(asked(precision, policy), place, rules=autocast_rules, keep_fp32=keep_fp32)
     directory = output or _default_directory(f"{loaded.name}-{chosen.name}-seed{seed}", resume)
-    with watching() as watch:
+    with watching() as follow:
         record = training.train(
             loaded,
             chosen,
             options,
             directory,
             device=place,
-            observe=watch,
+            observe=follow,
             resume=resume,
             command=shlex.join(["narrowcast", *sys.argv[1:]]),
         )
@@ -143,14 +156,14 @@ def train(
 
 
 def _typed(
-    precision: str, keep_fp32: list[str] | None, rules: str, *, resume: bool
+    precision: str, policy: Path | None, keep_fp32: list[str] | None, rules: str
 ) -> dict[str, bool]:
     """Say which of the options that a plan decides for were given beside it."""
     return {
         "--precision": precision != "auto",
+        "--policy": policy is not None,
         "--keep-fp32": bool(keep_fp32),
         "--autocast-rules": rules != "native",
-        "--resume": resume,
     }
 
 

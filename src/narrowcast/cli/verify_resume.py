@@ -23,7 +23,7 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.precision import KeepOption, chosen_plan
+from narrowcast.cli.precision import KeepOption, PolicyOption, asked, chosen_plan
 from narrowcast.errors import PrecisionError
 from narrowcast.units import format_bytes
 
@@ -41,6 +41,7 @@ def register(app: typer.Typer) -> None:
 def verify_resume(
     recipe: RecipeArgument,
     precision: PrecisionOption = "auto",
+    policy: PolicyOption = None,
     overrides: SetOption = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Steps of each run; by default at most 20.")
@@ -65,7 +66,7 @@ def verify_resume(
     from narrowcast.training.verify import verify_resume as verify
 
     place = device_at_hand(device)
-    plan = chosen_plan(precision, place, rules=autocast_rules, keep_fp32=keep_fp32)
+    plan = chosen_plan(asked(precision, policy), place, rules=autocast_rules, keep_fp32=keep_fp32)
     options = TrainOptions(steps=steps, seed=seed, deterministic=deterministic)
     kept = nullcontext(str(output)) if output else tempfile.TemporaryDirectory()
     with kept as directory, watching() as watch:

@@ -23,6 +23,7 @@ from narrowcast.errors import UnknownName, UsageError
 from narrowcast.policy import Policy
 from narrowcast.precision.autocast_rules import Rehearsal, rehearse
 from narrowcast.precision.full_precision import full_precision, own_tensors
+from narrowcast.precision.functions import EnterFunctions, LeaveFunctions
 from narrowcast.precision.islands import HOOKS, CastInputs, CastOutputs, EnterIsland, LeaveIsland
 
 __all__ = [
@@ -129,6 +130,7 @@ class _RehearsedAutocast:
         self._rules.__exit__(kind, error, trace)
 
 
+_HOOKS = (*HOOKS, EnterFunctions, LeaveFunctions)
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 # Running statistics in bf16 do not move by less than a 512th, and torch's kernels take 16-bit
@@ -186,9 +188,10 @@ def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) 
     for module, entry in kept.items():
         module.register_forward_pre_hook(EnterIsland(entry), with_kwargs=True, prepend=True)
         module.register_forward_hook(LeaveIsland(), always_call=True)
+    compute = torch_dtype(policy.compute)
+    _keep_functions(model, policy, None if policy.keeps_master else compute)
     if policy.keeps_master:
         return notes
-    compute = torch_dtype(policy.compute)
     within = {id(m) for module in kept for m in module.modules() if m is not module}
     for module in kept:
         if module is not model and id(module) not in within:
@@ -197,6 +200,16 @@ def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) 
         model.register_forward_pre_hook(CastInputs(compute), with_kwargs=True, prepend=True)
     model.register_forward_hook(CastOutputs(torch_dtype(policy.output)))
     return notes
+
+
+def _keep_functions(model: nn.Module, policy: Policy, dtype: torch.dtype | None) -> None:
+    """Put the modes that compute single functions in fp32 on the modules that call them."""
+    for name, module in model.named_modules():
+        functions = policy.functions_kept(name)
+        if functions:
+            enter = EnterFunctions(functions, dtype)
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(LeaveFunctions(), always_call=True)
 
 
 def _require_no_fp64(model: nn.Module, policy: Policy) -> None:
@@ -229,7 +242,7 @@ def _kept_modules(model: nn.Module, policy: Policy) -> dict[nn.Module, str]:
     for entry in policy.keep_fp32:
         one = dataclasses.replace(policy, keep_fp32=(entry,))
         matched = [module for name, module, classes in named if one.keeps(name, classes)]
-        if not matched:
+        if not matched and not any(one.functions_kept(name) for name, _, _ in named):
             raise _no_match(entry, [n for n, _, _ in named if n], [c[0] for *_, c in named])
         for module in matched:
             entries.setdefault(module, entry)
@@ -264,7 +277,7 @@ def _remove_hooks(model: nn.Module) -> None:
             module._forward_pre_hooks,
             module._forward_hooks,
         ):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, HOOKS)]:
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _HOOKS)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)

@@ -171,8 +171,9 @@ def honoured(
     """Whether every product and convolution executed in the policy's compute format, and notes.
 
     Where the policy keeps modules in fp32, their calls are allowed for, and counted in a note;
-    `unused` are those that `islands.unused_islands` found to be kept in vain. `widened` is how many
-    of the fp32 products a chunked loss made on purpose, of 16-bit factors.
+    `unused` are those that `islands.unused_islands` and `functions.unused_functions` found to be
+    kept in vain. `widened` is how many of the fp32 products a chunked loss made on purpose, of
+    16-bit factors.
     """
     heavy = {kind: dict(counts[kind]) for kind in _HEAVY if counts.get(kind)}
     if widened:
@@ -206,6 +207,9 @@ def honoured(
 
 
 def _in_vain(name: str, entry: str) -> str:
+    module, colon, function = name.partition(":")
+    if colon:
+        return f'keep_fp32 "{entry}" had no effect: {module or "the model"} calls no {function}'
     return (
         f'keep_fp32 "{entry}" had no effect on {name}: it is never called, its weight is used '
         "elsewhere"

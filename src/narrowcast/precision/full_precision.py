@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from narrowcast.errors import UsageError
+from narrowcast.precision.functions import EnterFunctions
 from narrowcast.precision.islands import (
     CastInputs,
     CastOutputs,
@@ -178,7 +179,7 @@ def full_precision(model: nn.Module, widen: Widen = _to_fp32) -> Iterator[list[s
         hook
         for module in model.modules()
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if isinstance(hook, (CastInputs, CastOutputs)) and hook.active
+        if isinstance(hook, (CastInputs, CastOutputs, EnterFunctions)) and hook.active
     ]
     states = switch_autocast_off()
     widened: list[_Widened] = []

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from narrowcast.engine.engine import Engine
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.precision.executed import ExecutedDtypes, honoured
+from narrowcast.precision.functions import unused_functions
 from narrowcast.precision.islands import unused_islands
 from narrowcast.records.run import RunRecord
 
@@ -90,7 +91,8 @@ class EarlySteps:
         share of modules that are kept so.
         """
         counts = self._dtypes.counts
-        unused = unused_islands(self._engine.model, self._dtypes.has_read)
+        model = self._engine.model
+        unused = unused_islands(model, self._dtypes.has_read) | unused_functions(model)
         self._dtypes = ExecutedDtypes()
         widened = self._engine.levers.widened_products() - (self._widened_before or 0)
         self._widened_before = None

@@ -13,9 +13,9 @@ from torch import nn
 import narrowcast
 from narrowcast.errors import UsageError
 from narrowcast.plan import AUTO_BLOCKS, PLANS, ActivationRule, Plan
+from narrowcast.plan_files import read_plan, write_policy
 from narrowcast.planning.code import code_of, command_of
-from narrowcast.planning.plan_file import read_plan
-from narrowcast.policy import Policy
+from narrowcast.policy import POLICIES, Policy
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.codec import dumps, to_json
 
@@ -55,6 +55,7 @@ def test_a_plan_is_read_from_whatever_holds_one(tmp_path: Path, plan: Plan, wrap
     [
         ("{", "is not JSON"),
         ("[]", "holds no plan"),
+        ('{"name": "x", "compute": "fp12"}', "float format"),
         ("{}", "holds no plan"),
         ('{"chosen": {}}', "holds no plan"),
         ('{"policy": {"name": "x"}}', "missing fields"),
@@ -71,6 +72,38 @@ def test_a_file_without_a_plan_is_one_clear_error(tmp_path: Path, text: str, sai
         read_plan(file)
     assert "plan.json" in raised.value.message
     assert raised.value.hint
+
+
+@pytest.mark.parametrize("wrap", ["bare", "file"])
+def test_a_policy_is_read_as_the_plan_that_adds_nothing(tmp_path: Path, wrap: str) -> None:
+    """As JSON by hand, and as `diagnose` writes it."""
+    policy = POLICIES["fp16"].keeping_fp32("blocks.*.wo", "head:softmax")
+    file = tmp_path / "policy.json"
+    if wrap == "bare":
+        file.write_text(dumps(policy))
+    else:
+        write_policy(file, policy, why="two culprits", command="narrowcast diagnose x")
+
+    assert read_plan(file) == Plan(name="fp16", policy=policy)
+
+
+def test_a_policy_file_overwrites_nothing(tmp_path: Path) -> None:
+    """What is there stays."""
+    file = tmp_path / "policy.json"
+    file.write_text("mine")
+
+    with pytest.raises(UsageError, match="exists"):
+        write_policy(file, POLICIES["fp16"], why="", command="")
+    assert file.read_text() == "mine"
+
+
+def test_a_policy_that_is_not_allowed_is_one_clear_error(tmp_path: Path) -> None:
+    """fp16 without scaling, edited into the file."""
+    file = tmp_path / "policy.json"
+    file.write_text(dumps(POLICIES["fp16"]).replace("dynamic", "none"))
+
+    with pytest.raises(UsageError, match=r"policy.json.*without loss scaling"):
+        read_plan(file)
 
 
 def test_a_file_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
