@@ -28,11 +28,11 @@ _HINT = (
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyFile:
-    """A policy, and how it came about."""
+    """A policy in the plan that it is part of, and how it came about."""
 
     kind: Literal["policy"] = "policy"
     schema: int = 1
-    policy: Policy
+    plan: Plan
     why: str = ""
     command: str = ""
 
@@ -58,27 +58,26 @@ def read_plan(path: Path) -> Plan:
     return plan
 
 
-def write_policy(path: Path, policy: Policy, *, why: str, command: str) -> None:
+def write_policy(path: Path, plan: Plan, *, why: str, command: str) -> None:
     """Write a policy file, whole or not at all.
 
     Raises UsageError where the file exists: nothing is overwritten.
     """
     if path.exists():
         raise UsageError(f"{path} exists", hint="choose another file, or delete this one first")
-    write_atomically(path, dumps(PolicyFile(policy=policy, why=why, command=command)) + "\n")
+    write_atomically(path, dumps(PolicyFile(plan=plan, why=why, command=command)) + "\n")
 
 
 def _plan_in(data: dict[str, Any]) -> Plan | None:
     if data.get("kind") == "policy":
-        return _plain(from_json(PolicyFile, data).policy)
+        return from_json(PolicyFile, data).plan
     if isinstance(data.get("chosen"), dict):
-        return from_json(Plan, data["chosen"].get("plan"))
-    if "planned_steps" in data:
-        return from_json(Plan, data.get("plan"))
-    if "policy" in data:
+        data = {"policy": None, **(data["chosen"].get("plan") or {})}
+    elif "planned_steps" in data:
+        data = {"policy": None, **(data.get("plan") or {})}
+    if data.get("policy"):
         return from_json(Plan, data)
-    return _plain(from_json(Policy, data)) if "name" in data and "compute" in data else None
-
-
-def _plain(policy: Policy) -> Plan:
-    return Plan(name=policy.name, policy=policy)
+    if "name" in data and "compute" in data:
+        policy = from_json(Policy, data)
+        return Plan(name=policy.name, policy=policy)
+    return None

@@ -79,12 +79,13 @@ def test_a_policy_is_read_as_the_plan_that_adds_nothing(tmp_path: Path, wrap: st
     """As JSON by hand, and as `diagnose` writes it."""
     policy = POLICIES["fp16"].keeping_fp32("blocks.*.wo", "head:softmax")
     file = tmp_path / "policy.json"
+    plan = Plan(name="fp16", policy=policy)
     if wrap == "bare":
         file.write_text(dumps(policy))
     else:
-        write_policy(file, policy, why="two culprits", command="narrowcast diagnose x")
+        write_policy(file, plan, why="two culprits", command="narrowcast diagnose x")
 
-    assert read_plan(file) == Plan(name="fp16", policy=policy)
+    assert read_plan(file) == plan
 
 
 def test_a_policy_file_overwrites_nothing(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_a_policy_file_overwrites_nothing(tmp_path: Path) -> None:
     file.write_text("mine")
 
     with pytest.raises(UsageError, match="exists"):
-        write_policy(file, POLICIES["fp16"], why="", command="")
+        write_policy(file, PLANS["fp16"], why="", command="")
     assert file.read_text() == "mine"
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "ExecutedOp",
     "Finding",
     "Kind",
+    "LostConstant",
     "MinimalFp32",
     "ModuleRange",
     "Phase",
@@ -45,6 +46,15 @@ Kind = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
+class LostConstant:
+    """A Python number that a format does not hold."""
+
+    value: float
+    becomes: float
+    """0, or an infinity."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExecutedOp:
     """One operation of a replayed step, as it executed below autocast."""
 
@@ -60,7 +70,37 @@ class ExecutedOp:
     code: str = ""
     """The innermost line of the user's own code (or of the model's library) that called it."""
     inputs: tuple[TensorRange, ...] = ()
+    """Of its floating-point inputs, before it ran; empty where values were not looked at."""
     outputs: tuple[TensorRange, ...] = ()
+    dtype: str = ""
+    """Format name of its first floating-point output."""
+    recomputed: bool = False
+    """Whether it ran again inside backward, as checkpointing has it; its phase is ``forward``."""
+    fed_by: tuple[int, ...] = ()
+    """For each floating-point input, the operation that wrote it; -1 for what was there before."""
+    sources: tuple[str, ...] = ()
+    """For each floating-point input that no operation wrote: the parameter's or buffer's name,
+    ``batch``, or ``outside``; '' for one that an operation wrote."""
+    results: tuple[str, ...] = ()
+    """``loss``, or the parameters whose gradients this operation wrote last."""
+    constants: tuple[LostConstant, ...] = ()
+    """Its Python numbers that become 0 or infinite in its output's format."""
+    infinite_constant: bool = False
+    """Whether one of its Python numbers is infinite, as in ``masked_fill(mask, -inf)``."""
+    local_error: float | None = None
+    """rms of its result's difference from the same operation in fp32 on the same inputs, over the
+    rms of the latter; None where that was not computed."""
+    absorbed: float | None = None
+    """Of a 16-bit sum of two tensors or a running sum: the share of non-zero addends that changed
+    nothing."""
+    collapsed: float | None = None
+    """Where integers become 16-bit numbers: the share of distinct values that were lost; None for
+    other inputs."""
+
+    @property
+    def result(self) -> str:
+        """The first of `results`; '' for an operation in the middle of the step."""
+        return self.results[0] if self.results else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,9 @@ scale of 1024" without the tensor: see ``ranges.what_if``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["TensorRange"]
+__all__ = ["BorderRange", "TensorRange"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +38,20 @@ class TensorRange:
     def is_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
         return self.nans == 0 and self.infs == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BorderRange:
+    """What crossed the border of one module, in short: a record of a run holds one for each."""
+
+    module: str
+    """Dotted name; '' for the model itself."""
+    phase: Literal["forward", "backward"]
+    """``forward``: its outputs; ``backward``: the gradients of its outputs, unscaled."""
+    dtype: str
+    numel: int
+    zeros: int
+    nonfinite: int
+    amax: float
+    amin: float
+    rms: float

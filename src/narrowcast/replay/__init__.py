@@ -1,0 +1,1 @@
+"""One step taken again, operation by operation: where it ran, in which dtype, on which values."""
