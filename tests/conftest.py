@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+
+if find_spec("hypothesis"):  # which the machine with the GPU lacks
+    from hypothesis import HealthCheck, settings
+
+    # How long a machine takes to draw examples, or to run one, never decides a test.
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("narrowcast", suppress_health_check=slow, deadline=None)
+    settings.load_profile("narrowcast")
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from narrowcast.records.codec import loads
 from narrowcast.records.comparison import ComparisonRecord
+from narrowcast.records.diagnosis import DiagnosisRecord
 from narrowcast.records.memory import MemoryRecord
 from narrowcast.records.plan import PlanRecord
 from narrowcast.records.run import RunRecord, StepPoint, parse_metrics
@@ -19,6 +20,7 @@ KINDS: dict[str, Any] = {
     "run": RunRecord,
     "memory": MemoryRecord,
     "plan": PlanRecord,
+    "diagnosis": DiagnosisRecord,
 }
 
 HOSTILE = (
@@ -26,7 +28,7 @@ HOSTILE = (
     "<a href='javascript:hit=1'>[red]%{x}&lt;{{7*7}}\x1b[31m\u202e\n@p-fp16"
 )
 # Fields whose values are words of ours, not a user's.
-_OURS = {"verdict", "reason", "status", "kind", "direction", "margin_kind", "speed"}
+_OURS = {"verdict", "reason", "status", "kind", "direction", "margin_kind", "speed", "phase", "compute"}
 
 
 def golden(name: str) -> Any:

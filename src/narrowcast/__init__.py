@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from narrowcast.diagnosis.diagnose import diagnose as diagnose
+    from narrowcast.diagnosis.diagnose import diagnose_training as diagnose_training
     from narrowcast.dropin.autocast import autocast as autocast
     from narrowcast.dropin.grad_scaler import GradScaler as GradScaler
     from narrowcast.engine.engine import Engine as Engine
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from narrowcast.policy import policy_named as policy_named
     from narrowcast.prediction.predict import predict_memory as predict_memory
     from narrowcast.prediction.predict import predict_step_memory as predict_step_memory
+    from narrowcast.preflight.check import check as check
+    from narrowcast.watch.watch import Watch as Watch
 
 __version__ = "0.1.0"
 
@@ -45,8 +49,12 @@ _HOMES = {
     "PrecisionError": "narrowcast.errors",
     "SGD": "narrowcast.optim.sgd",
     "StepReport": "narrowcast.engine.engine",
+    "Watch": "narrowcast.watch.watch",
     "autocast": "narrowcast.dropin.autocast",
+    "check": "narrowcast.preflight.check",
     "chunked_logits": "narrowcast.loss.heads",
+    "diagnose": "narrowcast.diagnosis.diagnose",
+    "diagnose_training": "narrowcast.diagnosis.diagnose",
     "linear_cross_entropy": "narrowcast.loss.cross_entropy",
     "plan_named": "narrowcast.plan",
     "policy_named": "narrowcast.policy",

@@ -38,7 +38,8 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.match(text)
     factor = _BY_LOWER.get(match[2].lower() or "b") if match else None
-    if match is None or factor is None:
+    # A part of a byte is a forgotten unit.
+    if match is None or factor is None or (factor == 1 and not match[1].isdecimal()):
         raise UsageError(
             f"{text!r} is not an amount of memory",
             hint=f"write a number and a unit, such as 2GiB or 150MiB ({', '.join(_FACTORS)})",

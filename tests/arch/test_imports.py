@@ -25,6 +25,8 @@ PLAIN = (
     "user_code",
     "plan_files",
     "search",
+    "ranges.what_if",
+    "preflight.catalogue",
     "records.codec",
     "precision.cast_lists",
     "memory.break_even",

@@ -14,7 +14,9 @@ import typer
 
 from narrowcast import __version__
 from narrowcast.cli import (
+    check,
     compare,
+    diagnose,
     doctor,
     evaluate,
     memory,
@@ -30,7 +32,20 @@ from narrowcast.errors import NarrowcastError
 
 __all__ = ["app", "main"]
 
-VERBS = (train, evaluate, compare, memory, predict, plan, report, doctor, recipes, verify_resume)
+VERBS = (
+    train,
+    evaluate,
+    compare,
+    diagnose,
+    check,
+    memory,
+    predict,
+    plan,
+    report,
+    doctor,
+    recipes,
+    verify_resume,
+)
 
 app = typer.Typer(
     name="narrowcast",

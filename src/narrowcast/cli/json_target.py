@@ -77,8 +77,10 @@ def emit_json(record: Any, target: str | None) -> None:
 
 def is_record(content: bytes) -> bool:
     """Whether this is JSON that one of the verbs writes, known by the keys that it must have."""
+    from narrowcast.records.check import CheckRecord
     from narrowcast.records.comparison import ComparisonRecord
     from narrowcast.records.device import DeviceRecord
+    from narrowcast.records.diagnosis import DiagnosisRecord
     from narrowcast.records.evaluation import EvaluationRecord
     from narrowcast.records.memory import MemoryRecord
     from narrowcast.records.plan import PlanRecord
@@ -92,8 +94,8 @@ def is_record(content: bytes) -> bool:
     if not isinstance(data, dict):
         return False
     kinds = (
-        ComparisonRecord, DeviceRecord, EvaluationRecord, MemoryRecord, PlanRecord, RunRecord,
-        VerifyRecord,
+        CheckRecord, ComparisonRecord, DeviceRecord, DiagnosisRecord, EvaluationRecord,
+        MemoryRecord, PlanRecord, RunRecord, VerifyRecord,
     )  # fmt: skip
     return set(data) == {"recipes"} or any(_required(kind) <= set(data) for kind in kinds)
 

@@ -30,7 +30,7 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.plan import BudgetOption, PlanOption, planned
+from narrowcast.cli.plan import BudgetOption, PlanOption, limit_of, planned
 from narrowcast.cli.precision import KeepOption, PolicyOption, asked, chosen_plan
 from narrowcast.units import format_duration
 
@@ -131,6 +131,7 @@ def train(
     place = device_at_hand(device)
     loaded = load_recipe(recipe, overrides or ())
     typed = _typed(precision, policy, keep_fp32, autocast_rules)
+    named = asked(precision, policy)
     chosen = planned(
         recipe,
         overrides,
@@ -139,19 +140,13 @@ def train(
         device=device,
         release=clip_norm is None and accumulate == 1,
         others={**typed, "--resume": resume and budget is not None},
-    ) or chosen_plan(asked(precision, policy), place, rules=autocast_rules, keep_fp32=keep_fp32)
+    ) or chosen_plan(named, place, rules=autocast_rules, keep_fp32=keep_fp32)
+    limit = limit_of(loaded, place, file=plan or named, budget=budget, accumulate=accumulate)
     directory = output or _default_directory(f"{loaded.name}-{chosen.name}-seed{seed}", resume)
+    command = shlex.join(["narrowcast", *sys.argv[1:]])
+    run = partial(training.train, loaded, chosen, options, directory, device=place, command=command)
     with watching() as follow:
-        record = training.train(
-            loaded,
-            chosen,
-            options,
-            directory,
-            device=place,
-            observe=follow,
-            resume=resume,
-            command=shlex.join(["narrowcast", *sys.argv[1:]]),
-        )
+        record = run(observe=follow, resume=resume, budget_bytes=limit.bytes, notes=limit.notes)
     _finish(record, directory, json)
 
 

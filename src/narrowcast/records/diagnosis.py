@@ -23,6 +23,7 @@ __all__ = [
     "ModuleRange",
     "Phase",
     "Remedy",
+    "SourceLine",
     "Trial",
 ]
 
@@ -140,7 +141,7 @@ class Remedy:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleRange:
-    """The values that passed one module's boundary in the replayed step."""
+    """The values that passed one module's boundary in the replayed step, taken in fp32."""
 
     module: str
     phase: Phase
@@ -150,6 +151,26 @@ class ModuleRange:
     code: str = ""
     """The line that called the module."""
     values: TensorRange
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceLine:
+    """A line of the model's source, and the values that the replayed step gave on it.
+
+    Where a line ran several times (a block that is repeated) its runs are counted together.
+    """
+
+    file: str
+    line: int
+    code: str
+    """As it stands in the file, with its indentation."""
+    module: str = ""
+    """The module whose run of this line had the largest values."""
+    forward: TensorRange | None = None
+    """Results of its operations; None for a line on which nothing was computed."""
+    backward: TensorRange | None = None
+    """Gradients that its operations passed on, with the loss scale in them."""
+    accused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +225,8 @@ class DiagnosisRecord:
     options: dict[str, OptionValue] = field(default_factory=dict)
     precision: str
     plan: dict[str, AxisValue] = field(default_factory=dict)
+    compute: str = ""
+    """Format name of what it computes in."""
     seed: int
     steps: int
     """Steps that were allowed."""
@@ -222,6 +245,10 @@ class DiagnosisRecord:
     """By price, the cheapest first."""
     minimal_fp32: MinimalFp32 | None = None
     ranges: tuple[ModuleRange, ...] = ()
+    lines: tuple[SourceLine, ...] = ()
+    """The source of what ran in the replayed step, file by file."""
+    scale: float = 1.0
+    """The loss scale of the replayed step."""
     notes: tuple[str, ...] = ()
     environment: Environment
     started: str = ""

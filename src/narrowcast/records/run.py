@@ -12,6 +12,7 @@ from typing import Literal
 
 from narrowcast.records.codec import RecordError, from_json
 from narrowcast.records.memory import MemoryRecord
+from narrowcast.records.ranges import BorderRange
 
 __all__ = [
     "AxisValue",
@@ -124,6 +125,8 @@ class RunRecord:
     final_loss: float | None = None
     """Mean training loss over the last tenth of the steps."""
     peak_bytes: int | None = None
+    budget_bytes: int | None = None
+    """What the peak was to stay within, if the plan was found for a budget."""
     memory: MemoryRecord | None = None
     step_seconds: float | None = None
     """Median over the steps, without the first ones and without measured ones."""
@@ -139,6 +142,10 @@ class RunRecord:
     data_order_hash: str = ""
     """SHA-256 over the ids of all samples, in the order in which they were trained on."""
     resumed_at: tuple[int, ...] = ()
+    watched_at: int = 0
+    """The newest step of which the values at module borders were looked at; 0: none."""
+    watched: tuple[BorderRange, ...] = ()
+    """These values, in the order in which the borders were crossed."""
     environment: Environment
     started: str
     finished: str = ""

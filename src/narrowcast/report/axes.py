@@ -46,6 +46,8 @@ def axis_over(
     that would flatten all others get a logarithmic axis.
     """
     low, high = bounds(values)
+    if unit == "power":
+        return _exponents(low, high)
     if unit == "scale" and low > 0:
         return _powers_of_two(low, high)
     if log and low > 0 and high / low > _LOG_FROM.get(unit, math.inf):
@@ -58,6 +60,15 @@ def axis_over(
     bottom = low if low == 0 and (unit == "bytes" or from_zero) else low - air
     ticks = _round_ticks(bottom, high + air, unit)
     return Axis(kind="linear", range=(bottom, high + air), ticks=ticks, names=_names(ticks, unit))
+
+
+def _exponents(low: float, high: float) -> Axis:
+    """Choose an axis of exponents of two, which are named as powers."""
+    step = max(1, 2 ** round(math.log2(max(high - low, 1) / _TICKS)))
+    first, last = math.floor(low / step), math.ceil(high / step)
+    ticks = tuple(float(i * step) for i in range(first, last + 1))
+    names = tuple(f"2^{tick:.0f}" for tick in ticks)
+    return Axis(kind="linear", range=(low - 1, high + 1), ticks=ticks, names=names)
 
 
 def line_axis(panels: Sequence[LinePanel]) -> Axis:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from narrowcast.records.comparison import ComparisonRecord
+from narrowcast.records.diagnosis import DiagnosisRecord
 from narrowcast.records.memory import MemoryRecord
 from narrowcast.records.plan import PlanRecord
 from narrowcast.records.run import RunRecord, StepPoint
 from narrowcast.report.comparison_outline import outline_of_comparison
+from narrowcast.report.diagnosis_outline import outline_of_diagnosis
 from narrowcast.report.memory_outline import outline_of_memory
 from narrowcast.report.plan_outline import outline_of_plan
 from narrowcast.report.run_outline import outline_of_run
@@ -16,7 +18,7 @@ from narrowcast.report.shapes import Outline
 
 __all__ = ["Reportable", "outline_of"]
 
-Reportable = ComparisonRecord | RunRecord | MemoryRecord | PlanRecord
+Reportable = ComparisonRecord | RunRecord | MemoryRecord | PlanRecord | DiagnosisRecord
 
 
 def outline_of(record: Reportable, points: Sequence[StepPoint] = ()) -> Outline:
@@ -27,4 +29,6 @@ def outline_of(record: Reportable, points: Sequence[StepPoint] = ()) -> Outline:
         return outline_of_run(record, points)
     if isinstance(record, PlanRecord):
         return outline_of_plan(record)
+    if isinstance(record, DiagnosisRecord):
+        return outline_of_diagnosis(record)
     return outline_of_memory(record)

@@ -21,6 +21,8 @@ __all__ = [
     "Facts",
     "LegendEntry",
     "LinePanel",
+    "Listing",
+    "ListingLine",
     "Outline",
     "Panel",
     "Prose",
@@ -38,7 +40,8 @@ __all__ = [
 ]
 
 Tone = Literal["holds", "fails", "open"]
-Unit = Literal["number", "bytes", "seconds", "scale"]
+Unit = Literal["number", "bytes", "seconds", "scale", "power"]
+"""``power``: exponents of two."""
 Shade = Literal["forward", "backward", "optimizer", "harm"]
 
 
@@ -82,6 +85,25 @@ class Table:
     """Whether this is the table that a reader in a hurry reads: it must fit every screen."""
     terminal_rows: int | None = None
     """How many rows a terminal shows of a long table; it says how many it left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListingLine:
+    """A line of source with what is said beside it; `tone` where it is accused."""
+
+    number: int
+    code: str
+    beside: tuple[str, ...] = ()
+    tone: Tone | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Lines of a source file, with columns of values beside them; gaps are shown as such."""
+
+    file: str
+    columns: tuple[str, ...]
+    lines: tuple[ListingLine, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +259,7 @@ class Chart:
     """Whether panels may stand beside each other, where there is room."""
 
 
-Block = Prose | Facts | Table | Verdicts | Chart
+Block = Prose | Facts | Table | Listing | Verdicts | Chart
 
 
 @dataclass(frozen=True, kw_only=True)

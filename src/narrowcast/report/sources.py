@@ -10,6 +10,7 @@ from pathlib import Path
 from narrowcast.errors import NarrowcastError, RunDirectoryError
 from narrowcast.records.codec import RecordError, loads, parse
 from narrowcast.records.comparison import ComparisonRecord, require_whole
+from narrowcast.records.diagnosis import DiagnosisRecord
 from narrowcast.records.memory import MemoryRecord
 from narrowcast.records.plan import PlanRecord
 from narrowcast.records.run import RunRecord, StepPoint, parse_metrics
@@ -23,8 +24,9 @@ _TOLD_BY: dict[str, type[Reportable]] = {
     "planned_steps": RunRecord,
     "total_peak_bytes": MemoryRecord,
     "budget_bytes": PlanRecord,
+    "verdict": DiagnosisRecord,
 }
-_IN_DIRECTORIES = ("comparison.json", "run.json", "memory.json")
+_IN_DIRECTORIES = ("comparison.json", "run.json", "memory.json", "diagnosis.json")
 _HINT = (
     "give the directory of a run or of a comparison, or a JSON file that "
     "`narrowcast compare`, `train` or `memory` wrote"

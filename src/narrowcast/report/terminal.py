@@ -23,6 +23,7 @@ from narrowcast.report.shapes import (
     Chart,
     Column,
     Facts,
+    Listing,
     Outline,
     Prose,
     Section,
@@ -102,6 +103,8 @@ class _Writer:
             yield self._facts(block.pairs)
         elif isinstance(block, Table):
             yield from self._table(block)
+        elif isinstance(block, Listing):
+            yield from self._listing(block)
         elif isinstance(block, Verdicts):
             yield from map(self._verdict, block.verdicts)
         else:
@@ -169,6 +172,30 @@ class _Writer:
         for row in rows:
             grid.add_row(*(self(row[i], _word_style(row[i])) for i in columns))
         return grid
+
+    def _listing(self, listing: Listing) -> Iterator[RenderableType]:
+        """Print source in lines that are cut rather than folded, so that it reads as source."""
+        yield self(listing.file, "italic")
+        words = [[line.beside[i] for line in listing.lines] for i in range(len(listing.columns))]
+        rooms = [max(len(c), *map(len, w)) + 2 for c, w in zip(listing.columns, words, strict=True)]
+        numbers = max(len(str(line.number)) for line in listing.lines)
+        free = max(self.width - sum(rooms) - numbers - 4, _FOLDED)
+        heads = zip(listing.columns, rooms, strict=True)
+        titles = "".join(f"  {title:<{room - 2}}" for title, room in heads)
+        yield _Line(self(f"{'':<{numbers + 2 + free}}{titles}", "dim"))
+        shift = min(
+            (len(x.code) - len(x.code.lstrip()) for x in listing.lines if x.code.strip()), default=0
+        )
+        before = listing.lines[0].number - 1
+        for line in listing.lines:
+            if line.number != before + 1:
+                yield self(f"{'...':>{numbers}}", "dim")
+            before = line.number
+            code = printable(line.code[shift:])
+            code = code if len(code) <= free else code[: free - 3] + "..."
+            beside = "".join(f"  {w:<{r - 2}}" for w, r in zip(line.beside, rooms, strict=True))
+            text = f"{line.number:>{numbers}}  {code:<{free}}{beside}".rstrip()
+            yield _Line(self(text, _TONES[line.tone] if line.tone else ""))
 
     def _chart(self, chart: Chart) -> Iterator[RenderableType]:
         yield self(chart.title, "bold")

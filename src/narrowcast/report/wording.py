@@ -37,6 +37,7 @@ __all__ = [
     "seconds_or_nothing",
     "sentence",
     "signed",
+    "signed_bytes",
     "spaced",
     "yes_no",
 ]
@@ -160,6 +161,13 @@ def bytes_or_nothing(size: int | None) -> str:
     return NOTHING if size is None else format_bytes(size)
 
 
+def signed_bytes(change: int | None) -> str:
+    """Write how much more or less is held: '+60.0 KiB'."""
+    if change is None:
+        return NOTHING
+    return f"{'+' if change > 0 else '-' if change < 0 else ''}{format_bytes(abs(change))}"
+
+
 def seconds_or_nothing(seconds: float | None) -> str:
     """Write a duration, or that there is none."""
     if seconds is None or not math.isfinite(seconds):
@@ -216,6 +224,8 @@ def format_value(value: float | None, unit: Unit) -> str:
         return format_bytes(value)
     if unit == "seconds":
         return format_duration(value)
+    if unit == "power":
+        return f"{number(2.0**value, 3)} (2^{value:.0f})"
     return f"{value:,.0f}" if unit == "scale" and value >= 1 else number(value)
 
 

@@ -29,6 +29,7 @@ from narrowcast.records.codec import to_json
 from narrowcast.training import checkpoint
 from narrowcast.training.determinism import thread_count
 from narrowcast.training.perturbation import perturb
+from narrowcast.watch.watch import EVERY
 
 __all__ = [
     "Assembly",
@@ -61,12 +62,16 @@ class TrainOptions:
     """Measure what the device does badly, executed dtypes and memory, before and on early steps."""
     deterministic: bool = True
     """Allow deterministic kernels only, without which a resumed run cannot be exact."""
+    watch: int = EVERY
+    """Steps between looks at the values that cross module borders; 0: nothing is watched."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}", hint="it must be 1 or more")
+        if self.watch < 0:
+            raise UsageError(f"watch is {self.watch}", hint="it is a number of steps, 0 for never")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UsageError(f"clip_norm is {self.clip_norm}", hint="it must be greater than 0")
 
@@ -173,9 +178,10 @@ def identity_of(
 ) -> dict[str, Any]:
     """Return what must not differ if a run is to go on exactly, by the names that users know.
 
-    How often to evaluate, to save and whether to measure may differ: they change no bit of it.
+    How often to evaluate, to save and to watch and whether to measure may differ: they change no
+    bit of it.
     """
-    free = {"steps", "evaluate_every", "checkpoint_every", "measure"}
+    free = {"steps", "evaluate_every", "checkpoint_every", "measure", "watch"}
     with thread_count(1):  # sums in data() may round by the number of threads
         data = data_digest(recipe, options.seed)
     return {

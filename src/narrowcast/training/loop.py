@@ -17,14 +17,14 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 from narrowcast.data import split_batch, to_device
-from narrowcast.engine.engine import Engine, StepReport
 from narrowcast.errors import NarrowcastError, PrecisionError, RunDirectoryError
 from narrowcast.precision.device import environment, warnings_before_run
 from narrowcast.randomness import isolated, random_state, restore_random_state
@@ -32,10 +32,12 @@ from narrowcast.records.codec import from_json, to_json
 from narrowcast.records.run import RunRecord, Status, StepPoint
 from narrowcast.training import checkpoint
 from narrowcast.training.assembly import Assembly, TrainOptions, steps_of
+from narrowcast.training.budget import budget_not_kept
 from narrowcast.training.early_steps import EarlySteps, PeakMemory
 from narrowcast.training.evaluation import evaluate_model, restored_notes
 from narrowcast.training.events import Ended, Notice, Observer, Saved, Started
 from narrowcast.training.interruption import Interruption
+from narrowcast.training.lookout import lookout_for
 from narrowcast.training.model_state import (
     load_model_state,
     made_buffers,
@@ -44,23 +46,12 @@ from narrowcast.training.model_state import (
 )
 from narrowcast.training.progress import Progress
 from narrowcast.training.run_directory import MetricsLog, RunDirectory
-from narrowcast.user_code import user_code
+from narrowcast.training.step import Watching, take_step
 
 __all__ = ["Run"]
 
 # A run that keeps being interrupted should lose little of itself, and one that is not, little time.
 _CHECKPOINTS_A_RUN = 10
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What one optimizer step gave."""
-
-    loss: float
-    """Mean over its micro-batches."""
-    report: StepReport
-    error: PrecisionError | None = None
-    """What the engine gave up with: the step was tried and skipped, and it was the last."""
 
 
 class Run:
@@ -91,6 +82,7 @@ class Run:
         )
         self.progress = Progress()
         self.interruption = Interruption()
+        self.lookout = lookout_for(parts, options)
         self._built = shapes_of_buffers(parts.engine.model)
         self.step = 0
         self._waiting: list[Any] = []
@@ -107,7 +99,8 @@ class Run:
         self.peak = PeakMemory(self.engine.device, None)
         self.metrics = MetricsLog(self.place.metrics_path)
         engine = self.engine
-        for text in (*warnings, *engine.notes, *engine.levers.notes, *self._cautions()):
+        told = (*engine.notes, *engine.levers.notes, *self.lookout.notes)
+        for text in (*warnings, *told, *self._cautions()):
             self.notice(text)
 
     def go_on(self, state: dict[str, Any]) -> None:
@@ -146,6 +139,7 @@ class Run:
                 if finished:
                     self._export()
                     self._warn_of_nonfinite_metrics()
+                    self._tell_of_budget()
                 self._conclude("finished" if finished else "interrupted")
         except KeyboardInterrupt:
             self._conclude_as_well_as_possible("interrupted", "")
@@ -213,7 +207,13 @@ class Run:
         rate = float(self.parts.optimizer.param_groups[0]["lr"])
         began = time.perf_counter()
         with self.early.memory(step):
-            outcome = self._micro_batches(step)
+            outcome = take_step(
+                self.engine,
+                self.parts.recipe.compute_loss,
+                self._next_micro_batch,
+                path=self.parts.recipe.path,
+                watching=self._watching(step),
+            )
         seconds = time.perf_counter() - began
         self.step = step
         self._add_measurements(step)
@@ -233,31 +233,23 @@ class Run:
         self.progress.add(point)
         self.metrics.append(point)
         self.observe(point)
+        told = self.lookout.after(outcome)
+        if told:
+            self.notice(told)
         if outcome.error is not None:
             raise outcome.error
 
-    def _micro_batches(self, step: int) -> _Outcome:
-        """Forward and backward for each micro-batch, and the step that the last one closes."""
-        losses = []
-        while True:
-            batch = self._next_micro_batch()
-            self.early.inputs(batch)
-            with self.early.dtypes(step):
-                with self.engine.forward():
-                    loss = self.parts.recipe.compute_loss(self.engine.model, batch)
-                with user_code(self.parts.recipe.path, "the backward pass"):
-                    self.engine.backward(loss)
-            losses.append(loss.detach())
-            try:
-                with user_code(self.parts.recipe.path, "the step of optimizer and scheduler"):
-                    report, error = self.engine.step(), None
-            except PrecisionError as gave_up:
-                if self.engine.tried_steps() != step:
-                    raise
-                report, error = _last_skip(self.engine), gave_up
-            if report.complete:
-                mean = sum(value.item() for value in losses) / len(losses)
-                return _Outcome(mean, report, error)
+    def _watching(self, step: int) -> Watching:
+        """Return what each micro-batch of a step passes through."""
+
+        def watching(part: Any) -> AbstractContextManager[object]:
+            self.early.inputs(part)
+            if self.early.measures(step):  # what the lookout counts would be counted
+                self.lookout.around(part, sample=False)
+                return self.early.dtypes(step)
+            return self.lookout.around(part, sample=True)
+
+        return watching
 
     def _next_micro_batch(self) -> Any:
         """Return the next part of a batch on the device; the ids are let go at once.
@@ -323,7 +315,7 @@ class Run:
             data_order_hash=self.parts.stream.order_hash,
             **self.progress.summary(samples_a_step=self.record.batch_size * self.record.accumulate),
         )
-        self.record = self.peak.add_to(record)
+        self.record = self.peak.add_to(self.lookout.add_to(record))
 
     def _export(self) -> None:
         """Write the final weights; raises PrecisionError if no step ever changed them."""
@@ -349,6 +341,11 @@ class Run:
                 figures = ", ".join(f"{name} = {evaluation.metrics[name]}" for name in bad)
                 self.notice(f"the final evaluation in {evaluation.precision} gave {figures}")
 
+    def _tell_of_budget(self) -> None:
+        told = budget_not_kept(self.record)
+        if told:
+            self.notice(told)
+
     def _conclude(self, status: Status, failure: str = "") -> None:
         self._bring_record_up_to_date()
         self.record = replace(
@@ -367,14 +364,3 @@ class Run:
 
     def _tell_end(self) -> None:
         self.observe(Ended(record=self.record, stop_asked=self.interruption.requested))
-
-
-def _last_skip(engine: Engine) -> StepReport:
-    """Return the report of the step with which the engine gave up, from its ledger."""
-    skip = engine.skips[-1]
-    return StepReport(
-        reason=skip.reason,
-        step=skip.step,
-        loss_scale=skip.loss_scale,
-        parameters=skip.parameters,
-    )

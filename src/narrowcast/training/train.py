@@ -6,7 +6,9 @@ of threads, the determinism switches. The loop itself is in ``loop``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ def train(
     observe: Observer = ignore,
     resume: bool = False,
     stop_at: int | None = None,
+    budget_bytes: int | None = None,
+    notes: Sequence[str] = (),
     command: str = "",
 ) -> RunRecord:
     """Train, and leave everything in `directory`; returns the record that run.json holds.
@@ -48,6 +52,9 @@ def train(
     no step yet; a finished one is left as it is. The first Ctrl-C (or SIGTERM), like `stop_at`,
     ends it after the current step with a checkpoint and status "interrupted"; the second one at
     once. The caller's random states, threads and determinism switches are given back.
+
+    `budget_bytes` is what the peak is to stay within: it is recorded, and a peak above it is told.
+    `notes` are told and recorded when the run begins.
 
     A run that fails leaves status "failed" and the reason in run.json, and raises: PrecisionError
     if the numbers broke, RecipeError or DataError for the recipe's mistakes, RunDirectoryError if
@@ -73,7 +80,8 @@ def train(
         run = Run(parts, options, place, identity, observe)
         stack.callback(run.close)
         if saved is None:
-            run.begin(_new_record(parts, options, command), warnings)
+            record = replace(_new_record(parts, options, command), budget_bytes=budget_bytes)
+            run.begin(record, (*warnings, *notes))
             if resume:
                 run.notice(f"nothing to resume in {place.path}: the run begins with its first step")
         else:
