@@ -1,8 +1,11 @@
-"""Make the pictures of the README from a real comparison: `python scripts/make_pictures.py DIR`.
+"""Make the pictures of the docs from a real record: `python scripts/make_pictures.py SOURCE`.
 
     comparison-terminal.svg            what `narrowcast compare` prints at its end
     comparison-report[-dark].png       the beginning of its HTML report
     comparison-memory[-dark].png       the memory section of the same report
+    diagnosis-terminal.svg             what `narrowcast diagnose` prints at its end
+    diagnosis-source[-dark].png        the model's source with its values
+    diagnosis-ranges[-dark].png        what each module passes on, against the format
 
 Needs the `test` extra and Chromium with its driver; nothing is drawn by hand or touched up.
 """
@@ -15,6 +18,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from selenium import webdriver
 
+from narrowcast.records.diagnosis import DiagnosisRecord
 from narrowcast.report.html import write_html
 from narrowcast.report.sources import Source, read_source
 from narrowcast.report.terminal import render_summary
@@ -32,6 +37,7 @@ FLAGS = (
     "--hide-scrollbars",
 )  # fmt: skip
 WIDTH = 1120
+Area = tuple[float, float, float, float]
 COLUMNS = 100
 
 
@@ -41,7 +47,8 @@ def terminal_picture(source: Source, target: Path) -> None:
         file=StringIO(), record=True, width=COLUMNS, force_terminal=True, color_system="truecolor"
     )
     render_summary(source.record, console, points=source.points)
-    svg = console.export_svg(title="narrowcast compare")
+    verb = "diagnose" if isinstance(source.record, DiagnosisRecord) else "compare"
+    svg = console.export_svg(title=f"narrowcast {verb}")
     target.write_text(re.sub(r"@font-face\s*\{[^}]*\}", "", svg))
 
 
@@ -56,19 +63,28 @@ def chromium(profile: str) -> Any:
     )
 
 
-def page_pictures(page: Path, target: Path) -> None:
-    """Photograph the beginning of the report and its memory section, light and dark."""
+def page_pictures(page: Path, target: Path, *, diagnosis: bool) -> None:
+    """Photograph parts of a report, light and dark."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         driver = chromium(profile)
         try:
             for scheme, suffix in (("light", ""), ("dark", "-dark")):
                 show(driver, page, scheme)
-                top = box(driver, "#not-tested")[1]
-                shoot(driver, target / f"comparison-report{suffix}.png", (0, 0, WIDTH, top))
-                if driver.execute_script("return document.querySelector('#memory') !== null"):
-                    shoot(driver, target / f"comparison-memory{suffix}.png", box(driver, "#memory"))
+                for name, area in parts(driver, diagnosis=diagnosis):
+                    shoot(driver, target / f"{name}{suffix}.png", area)
         finally:
             driver.quit()
+
+
+def parts(driver: Any, *, diagnosis: bool) -> Iterator[tuple[str, Area]]:
+    """Yield the names of the pictures and where they are on the page."""
+    if diagnosis:
+        yield "diagnosis-source", box(driver, "#source")
+        yield "diagnosis-ranges", box(driver, "#ranges .chart")
+        return
+    yield "comparison-report", (0, 0, WIDTH, box(driver, "#not-tested")[1])
+    if driver.execute_script("return document.querySelector('#memory') !== null"):
+        yield "comparison-memory", box(driver, "#memory")
 
 
 def show(driver: Any, page: Path, scheme: str) -> None:
@@ -87,7 +103,7 @@ def show(driver: Any, page: Path, scheme: str) -> None:
         time.sleep(0.1)
 
 
-def box(driver: Any, selector: str) -> tuple[float, float, float, float]:
+def box(driver: Any, selector: str) -> Area:
     """Return left, top, width and height of an element on the page."""
     x, y, width, height = driver.execute_script(
         "const b = document.querySelector(arguments[0]).getBoundingClientRect();"
@@ -97,7 +113,7 @@ def box(driver: Any, selector: str) -> tuple[float, float, float, float]:
     return x, y, width, height
 
 
-def shoot(driver: Any, target: Path, area: tuple[float, float, float, float]) -> None:
+def shoot(driver: Any, target: Path, area: Area) -> None:
     """Write one part of the page as PNG."""
     x, y, width, height = area
     clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
@@ -112,17 +128,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("directory", type=Path, help="of a comparison")
+    parser.add_argument(
+        "source", type=Path, help="directory or JSON of a comparison or a diagnosis"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     given = parser.parse_args()
 
-    source = read_source(given.directory)
+    source = read_source(given.source)
+    diagnosis = isinstance(source.record, DiagnosisRecord)
     given.output.mkdir(parents=True, exist_ok=True)
-    terminal_picture(source, given.output / "comparison-terminal.svg")
+    name = "diagnosis" if diagnosis else "comparison"
+    terminal_picture(source, given.output / f"{name}-terminal.svg")
     with tempfile.TemporaryDirectory() as place:
         page = Path(place) / "report.html"
         write_html(source.record, page, points=source.points)
-        page_pictures(page, given.output)
+        page_pictures(page, given.output, diagnosis=diagnosis)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rich.console import Console
 from narrowcast.cli.json_target import emit_json, prepare_json
 
 __all__ = [
+    "RUNS",
     "AutocastRulesOption",
     "DeterministicOption",
     "DeviceOption",
@@ -25,6 +26,9 @@ __all__ = [
     "emit_json",
     "split_names",
 ]
+
+RUNS = Path("runs")
+"""Where results go that were given no place."""
 
 RecipeArgument = Annotated[
     str,

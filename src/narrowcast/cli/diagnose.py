@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from narrowcast.cli.common import (
+    RUNS,
     AutocastRulesOption,
     DeviceOption,
     JsonOption,
@@ -103,15 +104,20 @@ def _require_empty(output: Path | None) -> None:
 
 
 def _write(record: DiagnosisRecord, plan: Plan, output: Path | None) -> DiagnosisRecord:
-    """Write the record, and the smallest set as a policy file; the record tells where that is."""
-    if output is None:
+    """Write the record, and the smallest set as a policy file; the record tells where that is.
+
+    A set that was searched for is written in any case: it took long enough.
+    """
+    if output is None and record.minimal_fp32 is None:
         return record
     from narrowcast.diagnosis.minimal import kept_in
     from narrowcast.files import write_atomically
     from narrowcast.plan_files import write_policy
     from narrowcast.records.codec import dumps
     from narrowcast.report.html import write_html
+    from narrowcast.training.run_directory import default_directory
 
+    output = output or default_directory(RUNS, f"{record.recipe}-{record.precision}-diagnosis")
     smallest = record.minimal_fp32
     if smallest is not None:
         file = output / "policy.json"
@@ -120,6 +126,7 @@ def _write(record: DiagnosisRecord, plan: Plan, output: Path | None) -> Diagnosi
         record = replace(record, minimal_fp32=replace(smallest, policy_file=str(file)))
     write_atomically(output / "diagnosis.json", dumps(record) + "\n")
     write_html(record, output / "report.html")
+    console().print(f"diagnosis: {output}", markup=False, highlight=False, soft_wrap=True)
     return record
 
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from narrowcast.cli.common import (
+    RUNS,
     AutocastRulesOption,
     DeterministicOption,
     DeviceOption,
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from narrowcast.training.events import Event, Started
 
 __all__ = ["Watch", "register", "train", "watching"]
-
-RUNS = Path("runs")
 
 
 def register(app: typer.Typer) -> None:

@@ -204,8 +204,9 @@ def _nothing(plan: Plan) -> Finding:
     return Finding(
         kind="nothing to diagnose",
         explanation=(
-            f"precision {plan.name!r} keeps and computes everything in fp32: if this training "
-            "fails, precision is not the reason."
+            f"precision {plan.name!r} keeps everything in fp32 and computes in "
+            f"{plan.policy.compute}, which has its range: if this training fails, precision is "
+            "not the reason."
         ),
     )
 

@@ -50,7 +50,13 @@ __all__ = ["Examined", "examine", "is_all_fp32"]
 
 Observe = Callable[[str], None]
 
-_HEALTHY = ("fine", "nothing to diagnose", "not reproducible", "inconclusive")
+_BLAMELESS = (
+    "fine",
+    "nothing to diagnose",
+    "not reproducible",
+    "inconclusive",
+    "not a precision problem",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +78,11 @@ class Examined:
     @property
     def is_curable(self) -> bool:
         """Whether precision is at fault, and there is something to try."""
-        kind = self.findings[0].kind
-        return kind not in (*_HEALTHY, "not a precision problem") and bool(self.snapshots)
+        return self.findings[0].kind not in _BLAMELESS and bool(self.snapshots)
 
 
 def is_all_fp32(plan: Plan) -> bool:
-    """Whether nothing in a plan is kept or computed in fewer bits than fp32 has."""
+    """Whether nothing in a plan is kept in fewer bits than fp32 has, or computed in 16."""
     policy = plan.policy
     return (
         policy.compute in ("fp32", "tf32")

@@ -53,10 +53,13 @@ class Snapshot:
 
 
 def copied_weights(engine: Engine) -> dict[str, Any]:
-    """Return copies of the weights, and whatever else but buffers the state dict holds."""
+    """Return copies of the weights, and whatever else but buffers the state dict holds.
+
+    In the CPU's memory: a GPU may have no room for several of them.
+    """
     names = {name for name, _ in _buffers(engine.model)}
     return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
+        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
         for name, value in engine.weights().items()
         if name not in names
     }
