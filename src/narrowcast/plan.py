@@ -21,6 +21,7 @@ from narrowcast.policy import ALIASES, POLICIES, Policy
 
 __all__ = [
     "AUTO_BLOCKS",
+    "EVERYWHERE",
     "LEVERS",
     "PLANS",
     "STATES",
@@ -30,7 +31,7 @@ __all__ = [
     "plan_named",
 ]
 
-Lever = Literal["checkpoint", "offload", "int8", "e4m3", "narrow_norm"]
+Lever = Literal["checkpoint", "remake", "offload", "int8", "e4m3", "narrow_norm"]
 Gradients = Literal["keep", "release"]
 Loss = Literal["whole", "chunked", "auto"]
 
@@ -41,6 +42,10 @@ WEIGHTS = (OWN, "fp32", "split16", "split8", "stochastic")
 STATES = (OWN, "fp32", "bf16", "int8", "int4")
 AUTO_BLOCKS = "auto"
 """The repeated blocks of the model, found by ``activations.repeated_blocks``."""
+EVERYWHERE = "*"
+"""All modules of the model that a lever is for, however few."""
+# A folder is called after recipe, plan and seed, in file systems that allow 255 bytes.
+_LONGEST_NAME = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,23 +147,40 @@ class Plan:
 
 def _require_name(name: str) -> None:
     """Raise UsageError for a name that could not be a folder's, as it is in a comparison."""
-    if name in (".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
-        raise UsageError(f"{name!r} is no name for a plan", hint="a word without slashes")
+    is_path = name in (".", "..") or any(c in "/\\" or not c.isprintable() for c in name)
+    if is_path or not name.strip() or len(name.encode()) > _LONGEST_NAME:
+        shown = name if len(name) <= _LONGEST_NAME else f"{name[:20]}... ({len(name)} characters)"
+        raise UsageError(
+            f"{shown!r} is no name for a plan",
+            hint=f"a word without slashes, of at most {_LONGEST_NAME} bytes in UTF-8",
+        )
 
 
 _BF16_WEIGHTS = Policy(name="bf16-split", param="bf16", compute="bf16")
+# The statistics of norms are fp32 whatever the device; CPUs keep them in the weights' format.
+_NORMS = ActivationRule(modules=EVERYWHERE, lever="narrow_norm")
 
 PLANS: dict[str, Plan] = {name: Plan(name=name, policy=policy) for name, policy in POLICIES.items()}
 PLANS |= {
     p.name: p
     for p in (
-        Plan(name="bf16-split", policy=_BF16_WEIGHTS, weights="split16", states="int8"),
+        Plan(
+            name="bf16-split",
+            policy=_BF16_WEIGHTS,
+            weights="split16",
+            states="int8",
+            activations=(_NORMS,),
+        ),
         Plan(
             name="lean",
             policy=replace(_BF16_WEIGHTS, name="lean"),
             weights="split8",
             states="int4",
-            activations=(ActivationRule(modules=AUTO_BLOCKS, lever="checkpoint"),),
+            activations=(
+                ActivationRule(modules=AUTO_BLOCKS, lever="checkpoint"),
+                ActivationRule(modules=EVERYWHERE, lever="remake"),
+                _NORMS,
+            ),
             loss="auto",
         ),
     )

@@ -17,6 +17,7 @@ FP32_TOO: tuple[Kind, ...] = ("not a precision problem",)
 Symptom = Literal[
     "",
     "breaks",
+    "raises",
     "learns less",
     "stands still",
     "gradients vanish",
@@ -59,6 +60,7 @@ class Case:
 
 MLP, SERIES, GPT = "faults/mlp.py", "faults/series.py", "faults/gpt.py"
 VIT, RESNET = "faults/vit.py", "faults/resnet.py"
+LAYERS = "faults/layers.py"
 T5, MOE = "recipes/t5_like_overflow.py", "recipes/moe_router.py"
 
 _WO = tuple(f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(3))
@@ -525,6 +527,75 @@ NOT_PRECISION = (
     ),
 )
 
+# Written when the diagnosis stood, and shown to it only then: the others it may have been built by.
+LATE = (
+    Case(
+        name="layers-moments-fp16",
+        recipe=LAYERS,
+        options=("fault=moments",),
+        steps=40,
+        kinds=("forward overflow", "low-precision accumulation"),
+        modules=("layer",),
+        minimal=("layer.shift",),
+        symptom="breaks",
+        why="the mean of squares minus the square of the mean comes out negative under a root",
+    ),
+    Case(
+        name="layers-moments-bf16",
+        recipe=LAYERS,
+        options=("fault=moments",),
+        precision="bf16",
+        steps=40,
+        kinds=("forward overflow", "low-precision accumulation"),
+        modules=("layer",),
+        minimal=("layer.shift",),
+        symptom="breaks",
+        why="the same in bf16: a NaN that no range cures",
+    ),
+    Case(
+        name="layers-units",
+        recipe=LAYERS,
+        options=("fault=units",),
+        steps=40,
+        kinds=("constant out of range", "forward overflow"),
+        modules=("layer",),
+        minimal=("layer.length",),
+        symptom="breaks",
+        why="a conversion by 1e6, there and back",
+    ),
+    Case(
+        name="layers-clipped-units",
+        recipe=LAYERS,
+        options=("fault=clipped_units",),
+        steps=40,
+        kinds=("constant out of range",),
+        modules=("layer",),
+        symptom="raises",
+        why="torch refuses to clamp fp16 at 5e6: an error, where fp32 trains",
+    ),
+    Case(
+        name="layers-logit",
+        recipe=LAYERS,
+        options=("fault=logit",),
+        steps=40,
+        kinds=("constant out of range", "forward overflow"),
+        modules=("layer",),
+        minimal=("layer.gate",),
+        symptom="breaks",
+        why="1 - 1e-6 is 1 in fp16, so the clamp lets a probability of 1 through",
+    ),
+    Case(
+        name="layers-spoilt-weight",
+        recipe=LAYERS,
+        options=("fault=spoilt_weight",),
+        precision="bf16",
+        steps=40,
+        kinds=FP32_TOO,
+        symptom="breaks",
+        why="a checkpoint with a NaN in it",
+    ),
+)
+
 FAULTS = (
     *FORWARD,
     *BACKWARD,
@@ -534,6 +605,7 @@ FAULTS = (
     *SUMS,
     *SCALES,
     *NOT_PRECISION,
+    *LATE,
 )
 
 HEALTHY = (
@@ -675,6 +747,27 @@ HEALTHY = (
         recipe=T5,
         precision="bf16",
         why="what overflows in fp16 is well within bf16",
+    ),
+    Case(
+        name="layers-online-softmax",
+        recipe=LAYERS,
+        options=("fault=online_softmax",),
+        steps=40,
+        why="a largest number so far that begins at -inf",
+    ),
+    Case(
+        name="layers-mixture",
+        recipe=LAYERS,
+        options=("fault=mixture",),
+        steps=40,
+        why="log(0) of components that are switched off, inside a logsumexp",
+    ),
+    Case(
+        name="layers-counts",
+        recipe=LAYERS,
+        options=("fault=counts", "largest=1000"),
+        steps=40,
+        why="whole numbers up to 1,000 in a product in fp16, which holds 2,048 of them",
     ),
     Case(name="moe-young", recipe=MOE, options=("bias=0",), steps=60, why="a router at its start"),
 )

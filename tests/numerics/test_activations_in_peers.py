@@ -57,8 +57,11 @@ PEERS: dict[str, Callable[[], Peer]] = {
 def gradients(peer: Peer, lever: str | None, policy: Policy, modules: str) -> dict[str, Tensor]:
     """Return the gradients of one step from a fresh copy, its loss and buffers."""
     model, loss_of = copy.deepcopy(peer[0]).train(), peer[1]
-    if lever is not None:
-        apply_rules(model, [ActivationRule(modules=modules, lever=lever)], policy)  # type: ignore[arg-type]
+    rules: list[ActivationRule] = []
+    for each in lever.split(" in ") if lever is not None else ():
+        where = "*" if each == "remake" else modules
+        rules.append(ActivationRule(modules=where, lever=each))  # type: ignore[arg-type]
+    apply_rules(model, rules, policy)
     torch.manual_seed(1)
     with forward_context(policy, "cpu"):
         loss = loss_of(model)
@@ -83,6 +86,19 @@ def test_checkpointed_blocks_give_the_same_bits(peer: str, policy: Policy) -> No
     made = PEERS[peer]()
     expected = gradients(made, None, policy, "auto")
     got = gradients(made, "checkpoint", policy, "auto")
+
+    assert expected.keys() == got.keys()
+    assert [name for name in got if not torch.equal(expected[name], got[name])] == []
+
+
+@pytest.mark.parametrize("policy", [POLICIES["fp32"], REHEARSED], ids=["fp32", "rehearsed"])
+@pytest.mark.parametrize("lever", ["remake", "remake in checkpoint"])
+@pytest.mark.parametrize("peer", PEERS)
+def test_remade_results_give_the_same_bits(peer: str, lever: str, policy: Policy) -> None:
+    """Norms of their own, gated MLPs, routed experts, ReLUs in place."""
+    made = PEERS[peer]()
+    expected = gradients(made, None, policy, "auto")
+    got = gradients(made, lever, policy, "auto")
 
     assert expected.keys() == got.keys()
     assert [name for name in got if not torch.equal(expected[name], got[name])] == []

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from narrowcast.activations import norms
 from narrowcast.activations.rules import apply_rules, remove_rules, rounding_state
@@ -15,6 +18,8 @@ from narrowcast.errors import UsageError
 from narrowcast.plan import ActivationRule
 from narrowcast.policy import POLICIES, Policy
 from narrowcast.precision.cast import forward_context, full_precision, prepare_model
+from narrowcast.prediction.cuda_ops import cuda_kernels
+from narrowcast.prediction.gpus import gpu_named
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 RULES = (ActivationRule(modules="*", lever="narrow_norm"),)
@@ -398,3 +403,53 @@ def test_a_norm_that_computes_otherwise_is_refused(made: Callable[[int], nn.Modu
     """Its class is named: a lever must not change what is computed."""
     with pytest.raises(UsageError, match=f"{made.__name__} compute in a way of their own"):  # type: ignore[attr-defined]
         apply_rules(nn.Sequential(made(32)), RULES, POLICIES["fp32"])
+
+
+def called(module: nn.Module, x: Tensor) -> list[str]:
+    """Return the names of the torch functions that a norm under the lever calls."""
+    seen: list[str] = []
+
+    class Names(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    module(x)  # the first call finds out, and is not counted
+    with Names():
+        module(x)
+    return [name for name in seen if name.endswith("norm")]
+
+
+@pytest.mark.parametrize(
+    ("made", "on_cuda"),
+    [
+        (lambda: nn.LayerNorm(64, dtype=BF16), "layer_norm"),
+        (lambda: nn.LayerNorm(64, elementwise_affine=False), "layer_norm"),
+        (lambda: nn.RMSNorm(64, dtype=BF16), "rms_norm"),
+        (lambda: nn.GroupNorm(4, 64, dtype=BF16), "narrow_norm"),
+    ],
+)
+def test_torchs_own_kernel_is_taken_where_it_is_as_narrow(
+    made: Callable[[], nn.Module], on_cuda: str
+) -> None:
+    """CUDA's kernels for rows keep fp32 statistics of bf16 weights; a CPU's do not."""
+    with FakeTensorMode():
+        norm = put_on(made())
+        with cuda_kernels(gpu_named("h200")):
+            emulated = called(norm, torch.zeros(8, 64, dtype=BF16, requires_grad=True))
+    norm = put_on(made())
+
+    assert emulated == [on_cuda]
+    assert called(norm, torch.zeros(8, 64, dtype=BF16, requires_grad=True)) == ["narrow_norm"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_weights_of_another_format_are_never_left_to_torch(grad: bool) -> None:
+    """Kernels of CUDA do not take fp32 weights beside 16-bit inputs."""
+    norm = put_on(nn.LayerNorm(64))
+    with torch.set_grad_enabled(grad):
+        names = called(norm, torch.zeros(8, 64, dtype=BF16))
+
+    assert names == ["narrow_norm"]

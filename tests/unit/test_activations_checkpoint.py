@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,6 +113,60 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 def test_gradients_buffers_and_random_state_have_the_same_bits_as_without(policy: Policy) -> None:
     """Also with dropout, batch norm, keyword and nested arguments, and islands on and in blocks."""
     assert differing(run(policy, ()), run(policy, BLOCKS)) == []
+
+
+class Drawing(nn.Module):
+    """A block that draws from everything that a forward may draw from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.own = nn.Linear(8, 8), torch.Generator().manual_seed(3)
+        self.below = nn.Module()
+        self.below.generator = self.own  # one generator under two names
+        self.below.other = torch.Generator().manual_seed(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = random.uniform(0.5, 1.5) + float(np.random.rand())  # noqa: NPY002
+        noise = torch.rand(8, generator=self.own) + torch.rand(8, generator=self.below.other)
+        return x + torch.tanh(self.linear(x)) * (gain + noise + torch.rand(8))
+
+
+class DrawingNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        self.blocks = nn.ModuleList(Drawing() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        drawn = [random.random(), float(np.random.rand())]  # noqa: NPY002
+        return x.sum() + sum(drawn)
+
+
+def test_numbers_drawn_outside_of_torchs_generators_are_drawn_again() -> None:
+    """From Python's, from numpy's, and from generators of the modules; and each is put back."""
+    assert (
+        differing(run(POLICIES["fp32"], (), DrawingNet), run(POLICIES["fp32"], BLOCKS, DrawingNet))
+        == []
+    )
+
+
+def test_a_recomputation_that_fails_puts_random_numbers_back() -> None:
+    """The states are what they were, whatever ends it."""
+    torch.manual_seed(0)
+    model, x = DrawingNet(), torch.randn(6, 8)
+    apply_rules(model, BLOCKS, POLICIES["fp32"])
+    loss = model(x)
+    before = random.getstate(), model.blocks[0].own.get_state()
+    with torch.no_grad():
+        model.blocks[0].linear.weight = nn.Parameter(torch.randn(5, 5))
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+    assert random.getstate() == before[0]
+    assert torch.equal(model.blocks[0].own.get_state(), before[1])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from narrowcast.activations.checkpointing import Checkpoint
 from narrowcast.activations.couriers import QueueCourier
 from narrowcast.activations.forward import put
 from narrowcast.activations.offload import LEAST_BYTES, Offload
+from narrowcast.activations.remake import Remake
 from narrowcast.activations.rules import apply_rules
 from narrowcast.errors import UsageError
 from narrowcast.memory.measure import MemoryLedger
@@ -265,3 +266,20 @@ def test_fake_tensors_travel_so_that_a_gpu_can_be_predicted() -> None:
     # Backward of attention has q, k, v and its result back, and makes as many gradients.
     in_backward = sum(levered.peak_lines("backward").values())
     assert in_backward < sum(plain.peak_lines("backward").values()) - 2 * 5 * one
+
+
+def test_what_is_remade_starts_from_what_travelled() -> None:
+    """Offload stands outside of the lever that remakes: it sees what is kept, once each."""
+    torch.manual_seed(0)
+
+    def layer() -> nn.Conv2d:
+        return nn.Conv2d(8, 8, 5, padding=2, bias=False)
+
+    plain = nn.Sequential(layer(), nn.BatchNorm2d(8), nn.ReLU(), layer(), nn.SiLU(), layer())
+    model, x, transport = copy.deepcopy(plain), torch.randn(128, 8, 8, 8), StandIn()
+    courier = QueueCourier(transport)
+    put(model, (Offload(lambda _: courier), Remake(FP32)))
+
+    assert_same(gradients(plain, x), gradients(model, x))
+    # The results of two convolutions; the batch stays where it is.
+    assert transport.sizes("out") == [x.nbytes, x.nbytes]

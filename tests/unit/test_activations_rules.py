@@ -24,6 +24,7 @@ from narrowcast.activations.rules import (
 from narrowcast.errors import UsageError
 from narrowcast.plan import LEVERS, ActivationRule
 from narrowcast.policy import POLICIES
+from narrowcast.precision.cast import prepare_model
 
 FP32, BF16 = POLICIES["fp32"], POLICIES["bf16"]
 
@@ -78,6 +79,8 @@ def placed(model: nn.Module) -> dict[str, tuple[str, ...]]:
         ("blocks.[12].mlp", "e4m3", ["blocks.1.mlp", "blocks.2.mlp"]),
         ("*.mlp*", "checkpoint", ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]),
         ("*", "int8", [""]),
+        ("*", "remake", [""]),
+        ("blocks.1", "remake", ["blocks.1"]),
         ("blocks.1", "narrow_norm", ["blocks.1.norm"]),
         ("*", "narrow_norm", ["blocks.0.norm", "blocks.1.norm", "blocks.2.norm", "norm"]),
     ],
@@ -167,6 +170,8 @@ def test_a_rule_that_cannot_be_meant_is_refused(
         ([("auto", "checkpoint"), ("auto", "int8")], ["'checkpoint'", "'int8'", "biased"]),
         ([("auto", "checkpoint"), ("*.mlp", "int8")], ["'blocks.0.mlp'", "computed again"]),
         ([("auto", "checkpoint"), ("*.mlp", "e4m3")], ["'blocks.0.mlp'", "computed again"]),
+        ([("auto", "int8"), ("auto", "remake")], ["'blocks.0'", "rounded inputs", "biased"]),
+        ([("blocks.1.mlp", "remake"), ("*", "e4m3")], ["'blocks.1.mlp'", "'e4m3'", "biased"]),
     ],
 )
 def test_levers_that_exclude_each_other_are_refused(
@@ -206,6 +211,43 @@ def test_levers_that_go_together_stand_in_a_fixed_order() -> None:
     assert placed(model)[""] == ("int8",)
 
 
+def test_checkpoints_within_a_remade_module_remake_by_themselves() -> None:
+    """They run again in backward, when what was noted of the whole is gone; others do not."""
+    model = Net()
+    rules = [rule("blocks.[01]", "checkpoint"), rule("*", "remake")]
+    applied = apply_rules(model, rules, FP32)
+
+    assert placed(model) == {"": ("remake",)} | dict.fromkeys(
+        ("blocks.0", "blocks.1"), ("checkpoint", "remake")
+    )
+    assert [each.modules for each in applied.rules] == [("blocks.0", "blocks.1"), ("",)]
+
+
+def test_a_checkpoint_round_a_remade_module_is_as_it_was() -> None:
+    """Remaking in a part of what is checkpointed is for that part."""
+    model = Net()
+    apply_rules(model, [rule("blocks.0", "checkpoint"), rule("blocks.0.mlp", "remake")], FP32)
+
+    assert placed(model) == {"blocks.0": ("checkpoint",), "blocks.0.mlp": ("remake",)}
+
+
+def test_removing_takes_the_notes_of_entries_off_as_well() -> None:
+    """Hooks round the cast of inputs go, and those of others stay in their order."""
+    model, policy = Net(), POLICIES["bf16-true"]
+    model.register_forward_pre_hook(lambda *_: None)
+    prepare_model(model, policy, "cpu")
+    before = list(model._forward_pre_hooks.items())
+    for _ in range(2):
+        apply_rules(model, [rule("*", "remake")], policy)
+    during = list(model._forward_pre_hooks.items())
+    remove_rules(model)
+
+    assert len(during) == len(before) + 2
+    assert during[1] == before[0]
+    assert before == list(model._forward_pre_hooks.items())
+    assert len(model._forward_pre_hooks_with_kwargs) == 1
+
+
 def test_offload_on_a_cpu_is_refused_with_the_reason() -> None:
     """The host's memory is where the tensors are already."""
     with pytest.raises(UsageError, match="from the host's memory to the host's memory") as caught:
@@ -243,7 +285,7 @@ def as_averaged(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, as_pickled, as_saved, as_averaged])
-@pytest.mark.parametrize("lever", ["checkpoint", "int8", "narrow_norm"])
+@pytest.mark.parametrize("lever", ["checkpoint", "remake", "int8", "narrow_norm"])
 def test_a_copy_runs_its_own_modules(copied: Callable[..., nn.Module], lever: str) -> None:
     """Gradients of a copy's loss arrive in the copy, and the original's stay empty."""
     model = Net()

@@ -221,22 +221,27 @@ def test_batch_norms_keep_fp32_statistics_and_16_bit_inputs(precision: str) -> N
 
 
 def test_levers_do_what_they_say() -> None:
-    """Blocks are recomputed and the loss is chunked; both were used in the first step."""
+    """What a plan asks of whatever model is there, and where it is; all used in the first step."""
     engine = built(LEAN)
     train(engine, 1)
 
     assert engine.levers.notes == (
         "checkpoint: blocks.0, blocks.1",
+        "remake: the whole model",
+        "narrow_norm: blocks.0.norm, blocks.1.norm",
         "loss: in chunks, from the inputs of 'head'",
     )
     assert engine.levers.without_effect() == ()
 
 
 def test_exact_levers_do_not_change_a_bit() -> None:
-    """Checkpointing computes again what was computed before."""
-    rule = ActivationRule(modules="auto", lever="checkpoint")
+    """Checkpointing computes again what was computed before, and so does remaking."""
+    exact = (
+        ActivationRule(modules="auto", lever="checkpoint"),
+        ActivationRule(modules="*", lever="remake"),
+    )
 
-    with_lever = train(built(replace(SPLIT, activations=(rule,))), 3)
+    with_lever = train(built(replace(SPLIT, activations=(*SPLIT.activations, *exact))), 3)
 
     assert with_lever == train(built(SPLIT), 3)
 
@@ -249,9 +254,15 @@ def test_a_model_without_blocks_or_head_trains_and_says_so() -> None:
 
     notes = Engine(model, optimizer, LEAN).levers.notes
 
-    assert len(notes) == 2
-    assert notes[0].startswith("without checkpoint: Sequential has no repeated blocks")
-    assert notes[1].startswith("loss: whole, since")
+    assert [note.split(":")[0] for note in notes] == [
+        "without checkpoint",
+        "without narrow_norm",
+        "remake",
+        "loss",
+    ]
+    assert "Sequential has no repeated blocks" in notes[0]
+    assert "none of the model's modules is a norm that it knows" in notes[1]
+    assert "whole, since" in notes[3]
 
 
 def test_a_lever_without_effect_is_named() -> None:

@@ -57,6 +57,10 @@ def test_every_pair_of_stores_is_a_plan(weights: str, states: str) -> None:
         ({"micro_batches": 0}, "micro_batches is 0"),
         ({"name": "../p"}, "no name for a plan"),
         ({"name": "a\n"}, "no name for a plan"),
+        ({"name": ""}, "no name for a plan"),
+        ({"name": " "}, "no name for a plan"),
+        ({"name": "a" * 400}, "400 characters"),
+        ({"name": "\u00e4" * 61}, "no name for a plan"),
         ({"states": OWN}, "one of them is the recipe's own"),
         ({"policy": POLICIES["bf16"]}, "keeps them in fp32"),
         ({"weights": "fp32"}, "keeps them in bf16"),
@@ -72,6 +76,12 @@ def test_choices_that_exclude_each_other_are_refused(changes: dict[str, object],
     """The error names both choices and the reason."""
     with pytest.raises((UsageError, UnknownName), match=said):
         replace(SPLIT, **changes)  # type: ignore[arg-type]
+
+
+def test_the_longest_name_is_one_that_a_folder_can_have_with_recipe_and_seed() -> None:
+    """255 bytes are what file systems allow."""
+    assert replace(SPLIT, name="a" * 120).name == "a" * 120
+    assert replace(SPLIT, name="\u00e4" * 60).name
 
 
 @pytest.mark.parametrize(

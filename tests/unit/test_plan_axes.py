@@ -111,4 +111,26 @@ def test_another_plan_is_named_after_its_choices_and_so_is_its_policy() -> None:
 
     assert plan.name == "bf16w-split8-int4-checkpoint-chunked-x4"
     assert plan.policy.name == plan.name
-    assert anonymous(plan).name == anonymous(plan).policy.name == ""
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda p: p.name)
+def test_without_a_name_of_its_own_a_plan_equals_all_that_differ_in_names(plan: Plan) -> None:
+    """And an error about it names formats that a user knows."""
+    other = replace(plan, name="x", policy=replace(plan.policy, name="y"))
+
+    assert anonymous(other) == anonymous(plan)
+    assert anonymous(plan).policy.name.removesuffix("w") == plan.policy.compute
+
+
+def test_names_do_not_tell_apart_what_shares_a_measurement() -> None:
+    """Plans that differ in stores alone compute alike: their policies are one key."""
+    split = Plan(name="a", policy=BF16, weights="split16", states="int8")
+
+    assert anonymous(split).policy == anonymous(replace(split, states="int4")).policy
+    assert replace(anonymous(split), states="int4") == anonymous(replace(split, states="int4"))
+
+
+def test_the_norms_of_bf16_weights_are_in_no_name() -> None:
+    """They are no choice; under fp32 weights they are."""
+    assert short(PLANS["bf16-split"]) == "bf16w-split16-int8"
+    assert short(replace(FP32, activations=PLANS["bf16-split"].activations)) == "fp32-narrow_norm"

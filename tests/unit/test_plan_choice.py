@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrowcast.plan import PLANS
-from narrowcast.planning.choice import LEAST_NOISE, Candidate, choose, frontier, worth_a_look
+from narrowcast.planning.choice import (
+    LEAST_NOISE,
+    Candidate,
+    choose,
+    frontier,
+    leagues,
+    worth_a_look,
+)
 
 PLAIN = Candidate(
     plan=PLANS["fp32"], bytes=100, traced=True, seconds=1.0, speed="measured", loss=0, levers=0
@@ -119,3 +126,34 @@ def test_no_more_finalists_than_asked_for(most: int) -> None:
     ranked = [replace(PLAIN, seconds=1 + i / 1000, loss=9 - i) for i in range(9)]
 
     assert len(worth_a_look(ranked, lambda c: c, most=most, slack=0.3)) == most
+
+
+@given(candidates(), st.integers(0, 3), st.integers(1, 1000))
+def test_a_roofline_alone_buys_no_store_that_rounds_more(
+    found: list[Candidate], levels: int, budget: int
+) -> None:
+    """The first league of which one fits holds all that fit with the least lossy stores."""
+    ranked = [replace(c, speed="roofline", stores_loss=c.loss % (levels + 1)) for c in found]
+
+    fitting = [c for c in ranked if c.bytes <= budget]
+    first = next((g for g in leagues(ranked) if any(c.bytes <= budget for c in g)), [])
+
+    assert sorted(map(id, (c for g in leagues(ranked) for c in g))) == sorted(map(id, ranked))
+    if fitting:
+        least = min(c.stores_loss for c in fitting)
+        assert [c for c in first if c.bytes <= budget] == [
+            c for c in fitting if c.stores_loss == least
+        ]
+
+
+def test_where_steps_are_timed_all_stores_compete() -> None:
+    """What the clock says of a store is a reason to choose it."""
+    ranked = [replace(PLAIN, stores_loss=2), replace(PLAIN, seconds=2.0, speed="estimated")]
+
+    assert leagues(ranked) == [ranked]
+
+
+def test_a_plan_needs_what_it_took_where_that_is_more_than_was_predicted() -> None:
+    """And never less than the prediction: a single step may have missed its peak."""
+    assert replace(PLAIN, measured_bytes=150).need == 150
+    assert replace(PLAIN, measured_bytes=50).need == PLAIN.need == 100

@@ -9,8 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from narrowcast.cli import compare, report, train
 from narrowcast.cli import plan as plan_verb
-from narrowcast.cli import report, train
 from narrowcast.errors import (
     NarrowcastError,
     RecipeError,
@@ -20,6 +20,7 @@ from narrowcast.errors import (
 )
 from narrowcast.plan import Plan
 from narrowcast.plan_files import read_plan
+from narrowcast.planning import speeds
 from narrowcast.records.codec import from_json, loads
 from narrowcast.records.plan import PlanRecord
 from narrowcast.records.run import RunRecord
@@ -34,7 +35,7 @@ FEW = ("-p", "fp32", "--json", "-")
 def run(*arguments: str) -> Result:
     app = typer.Typer()
     app.callback()(lambda: None)
-    for verb in (plan_verb, train, report):
+    for verb in (plan_verb, train, report, compare):
         verb.register(app)
     result = CliRunner().invoke(app, arguments)
     if isinstance(result.exception, NarrowcastError):
@@ -109,6 +110,7 @@ def test_train_plans_for_itself_when_given_a_budget(tmp_path: Path) -> None:
     record = loads(RunRecord, (place / "run.json").read_text())
     assert record.peak_bytes is not None
     assert record.peak_bytes <= parse_bytes(BUDGET)
+    assert record.budget_bytes == parse_bytes(BUDGET)
     assert "plan " in result.stderr
 
 
@@ -181,6 +183,74 @@ def test_what_a_plan_says_cannot_be_said_twice(
     """Nothing is silently ignored: the error names both options."""
     with pytest.raises(UsageError, match=f"--plan and {named}"):
         run("train", "tabular", *SMALL, "--plan", str(planned), *extra)
+
+
+@pytest.mark.slow
+def test_where_measured_peaks_exceed_the_predicted_ones_they_decide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The least that fits is then a measured one, above the budget, and it is met when given."""
+    peak = speeds._peak
+    monkeypatch.setattr(speeds, "_peak", lambda ledger: 3 * peak(ledger))
+    arguments = ("plan", "tabular", *SMALL, "-p", "fp32", "--budget")
+
+    with pytest.raises(UsageError, match=r"measured where .* were predicted") as raised:
+        run(*arguments, BUDGET)
+
+    least = int(raised.value.message.rpartition("(")[2].split(" ")[0].replace(",", ""))
+    assert least > parse_bytes(BUDGET)
+    assert run(*arguments, str(least)).exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_roofline_does_not_buy_stores_that_round() -> None:
+    """Everything fits: the master and the moments stay exact, and what looks faster is named."""
+    result = run(
+        "plan", "tabular", "--budget", "1GiB", "--device", "h200", "-p", "bf16-split", "--json", "-"
+    )
+
+    record = loads(PlanRecord, result.stdout)
+    assert (record.chosen.plan["weights"], record.chosen.plan["states"]) == ("split16", "fp32")
+    assert any("a bound alone is no reason" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("precisions", ["", ",", " , "])
+def test_no_precision_is_one_clear_error(precisions: str) -> None:
+    """In both verbs that take a list."""
+    with pytest.raises(UsageError, match="no precision was named"):
+        run("plan", "tabular", "--budget", "1GiB", *SMALL, f"--precisions={precisions}")
+    with pytest.raises(UsageError):
+        run("compare", "tabular", "--device", "cpu", f"--precisions={precisions}")
+
+
+@pytest.mark.slow
+def test_a_plan_of_another_training_is_told_and_its_budget_recorded(
+    planned: Path, tmp_path: Path
+) -> None:
+    """A note for each difference, in run.json too, and a last word on a peak that was too high."""
+    place = tmp_path / "run"
+    wide = ("--set", "batch_size=64", "--set", "width=256", "--device", "cpu")
+    result = run(
+        "train", "tabular", *wide, "--plan", str(planned), "--steps", "4", "--output", str(place)
+    )
+
+    record = loads(RunRecord, (place / "run.json").read_text())
+    assert record.budget_bytes == parse_bytes(BUDGET)
+    assert any("width=64, and this is width=256" in note for note in record.warnings)
+    assert any("exceeded the budget of 215,040 by" in note for note in record.warnings)
+    assert all(f"note: {note}" in result.stderr for note in record.warnings)
+
+
+@pytest.mark.slow
+def test_a_plan_of_this_training_is_no_matter_for_notes(planned: Path, tmp_path: Path) -> None:
+    """The budget is recorded, and nothing is said; by `--precision` as by `--plan`."""
+    for name, option in (("a", "--plan"), ("b", "--precision")):
+        place = tmp_path / name
+        run("train", "tabular", *SMALL, option, str(planned), "--steps", "4", "-o", str(place))
+
+        record = loads(RunRecord, (place / "run.json").read_text())
+        assert record.budget_bytes == parse_bytes(BUDGET)
+        assert not any("budget" in note or "may not be" in note for note in record.warnings)
 
 
 def test_a_budget_is_for_a_new_run() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 import narrowcast
 from narrowcast.errors import UsageError
 from narrowcast.plan import AUTO_BLOCKS, PLANS, ActivationRule, Plan
-from narrowcast.plan_files import read_plan, write_policy
+from narrowcast.plan_files import Promise, read_plan, read_promise, write_policy
 from narrowcast.planning.code import code_of, command_of
 from narrowcast.policy import POLICIES, Policy
 from narrowcast.recipes.load import load_recipe
@@ -190,3 +190,98 @@ def test_a_plan_written_as_json_reads_back(tmp_path: Path) -> None:
     file.write_text(dumps(FULL))
 
     assert read_plan(file) == FULL
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"name": "x", "policy": {"name": "fp32"}, "states": "own", "states": "int4"}', "states"),
+        ('{"name": "x", "policy": {"name": "fp32", "name": "bf16"}}', "name"),
+    ],
+)
+def test_what_a_file_says_twice_is_not_read_once(tmp_path: Path, text: str, key: str) -> None:
+    """JSON's readers keep the last of two values; which was meant is for the user to say."""
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+
+    with pytest.raises(UsageError, match=f"says '{key}' twice"):
+        read_plan(file)
+
+
+PROMISE = Promise(
+    budget_bytes=1000, recipe="r", options={"width": 3, "lr": 0.1}, batch_size=8, device="cpu"
+)
+AS_RECORD = {
+    "budget_bytes": 1000, "recipe": "r", "options": {"width": 3, "lr": 0.1}, "batch_size": 8,
+    "device": "cpu", "environment": {"device": "cpu", "device_name": "EPYC"}, "chosen": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "device"),
+    [
+        ({}, "cpu"),
+        ({"device": None}, "cpu"),
+        ({"device": "h200"}, "h200"),
+        ({"device": "cuda:0", "environment": {"device_name": "NVIDIA H200"}}, "NVIDIA H200"),
+        ({"device": None, "environment": {"device": "cuda", "device_name": "T4"}}, "T4"),
+    ],
+)
+def test_a_budget_is_read_with_the_training_that_it_is_for(
+    tmp_path: Path, changes: dict[str, object], device: str
+) -> None:
+    """From a plan, which says its device, and from a run.json, whose environment does."""
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(AS_RECORD | changes))
+
+    assert read_promise(file) == dataclasses.replace(PROMISE, device=device)
+
+
+@pytest.mark.parametrize("text", [dumps(PLANS["lean"]), '{"budget_bytes": null}', "[1]"])
+def test_a_plan_without_a_budget_promises_nothing(tmp_path: Path, text: str) -> None:
+    """A bare plan, and the run.json of a training that was given none."""
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+
+    assert read_promise(file) is None
+
+
+@pytest.mark.parametrize("key", ["recipe", "options", "batch_size", "device", "environment"])
+def test_half_a_promise_is_one_clear_error(tmp_path: Path, key: str) -> None:
+    """A budget that is for nothing in particular cannot be held against anything."""
+    file = tmp_path / "plan.json"
+    broken = {"environment": {"device": "cuda"}, "device": None} if key == "environment" else {}
+    data = AS_RECORD | broken
+    if key != "environment":
+        del data[key]
+    if key == "device":
+        del data["environment"]
+    file.write_text(json.dumps(data))
+
+    with pytest.raises(UsageError, match="does not say for what training"):
+        read_promise(file)
+
+
+SAME = {"recipe": "r", "options": {"width": 3, "lr": 0.1}, "batch_size": 8, "devices": {"cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ()),
+        ({"recipe": "q", "options": {"depth": 1}}, ("recipe 'r', and this is 'q'",)),
+        ({"options": {"width": 4, "lr": 0.1}}, ("width=3, and this is width=4",)),
+        ({"options": {"lr": 0.1}}, ("width=3, and this is width=not there",)),
+        ({"batch_size": 16}, ("batches of 8, and these are of 16",)),
+        ({"devices": {"cuda", "h200"}}, ("device cpu, and this is another",)),
+        (
+            {"options": {"width": 4, "lr": 1.0}},
+            ("lr=0.1, and this is lr=1.0", "width=3, and this is width=4"),
+        ),
+    ],
+)
+def test_every_difference_from_the_training_that_was_planned_is_said(
+    changes: dict[str, object], said: tuple[str, ...]
+) -> None:
+    """Of another recipe the options are others anyway, and are not listed."""
+    assert PROMISE.differences(**SAME | changes) == said  # type: ignore[arg-type]

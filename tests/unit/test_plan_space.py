@@ -13,7 +13,7 @@ from narrowcast.errors import UnknownName, UnsupportedPrecision, UsageError
 from narrowcast.plan import OWN, PLANS, Plan
 from narrowcast.planning.peaks import model_without_contents
 from narrowcast.planning.place import place_named
-from narrowcast.planning.space import Space, candidates, policies_for, space_of
+from narrowcast.planning.space import REMAKE, Space, candidates, policies_for, space_of
 from narrowcast.policy import POLICIES
 from narrowcast.prediction.gpus import GPUS
 from narrowcast.prediction.targets import target_named
@@ -55,6 +55,13 @@ def test_no_candidate_has_low_precision_weights_and_nothing_that_remembers_small
         assert not (plan.policy.param == "bf16" and plan.weights == OWN)
 
 
+def test_bf16_weights_always_come_with_norms_of_fp32_statistics() -> None:
+    """As in the named plans: without the rule a CPU keeps the statistics in bf16."""
+    for plan in candidates(surveyed(load_recipe("austen"))):
+        norms = [rule for rule in plan.activations if rule.lever == "narrow_norm"]
+        assert bool(norms) == (plan.policy.param == "bf16")
+
+
 def test_each_axis_of_a_transformer_is_there() -> None:
     """Stores, release, checkpointing, chunked loss, micro-batches."""
     found = candidates(surveyed(load_recipe("austen")))
@@ -64,12 +71,16 @@ def test_each_axis_of_a_transformer_is_there() -> None:
     assert {plan.gradients for plan in found} == {"keep", "release"}
     assert {plan.loss for plan in found} == {"whole", "chunked"}
     assert {plan.micro_batches for plan in found} == {1, 2, 4, 8, 16}
-    assert {len(plan.activations) for plan in found} == {0, 1}
+    assert {
+        tuple(rule.lever for rule in plan.activations)
+        for plan in found
+        if plan.policy.param == "fp32"
+    } == {(), ("remake",), ("checkpoint",), ("checkpoint", "remake")}
 
 
 def test_with_many_blocks_every_second_one_can_be_checkpointed() -> None:
     """Half of the recomputation for half of the memory; by name, in the order of the model."""
-    halves = surveyed(load_recipe("austen", ["size=small"])).activations[1]
+    halves = surveyed(load_recipe("austen", ["size=small"])).activations[2]
 
     assert [rule.modules for rule in halves] == ["blocks.1", "blocks.3", "blocks.5"]
 
@@ -99,7 +110,7 @@ def test_what_a_model_lacks_is_left_out_and_said() -> None:
     """An MLP has neither repeated blocks nor a head to compute in chunks."""
     space = surveyed(load_recipe("fashion"))
 
-    assert space.activations == ((),)
+    assert space.activations == ((), REMAKE)
     assert space.losses == ("whole",)
     assert any("no checkpointing" in note for note in space.notes)
     assert any("no chunked loss" in note for note in space.notes)
@@ -138,12 +149,24 @@ def test_auto_takes_what_the_device_is_good_at() -> None:
     assert computed["h200"] == ["fp32", "tf32", "bf16", "bf16"]
 
 
+def test_no_precision_at_all_is_one_clear_error() -> None:
+    """Not an index out of range."""
+    with pytest.raises(UsageError, match="no precision was named"):
+        policies_for(CPU, [])
+
+
 def test_a_precision_that_the_device_lacks_is_refused() -> None:
     """Asked for by name, nothing is replaced by something else."""
     with pytest.raises(UnsupportedPrecision):
         policies_for(target_named("t4"), ["bf16"])
     with pytest.raises(UnknownName, match="fp23"):
         policies_for(CPU, ["fp23"])
+
+
+@pytest.mark.parametrize("name", ["H200", "CPU", "A100-80GB"])
+def test_capitals_do_not_matter_in_the_name_of_a_place(name: str) -> None:
+    """A GPU is called as its maker writes it."""
+    assert place_named(name).target == name.lower()
 
 
 def test_a_place_is_a_device_at_hand_or_a_gpu_by_name() -> None:
@@ -157,7 +180,7 @@ def test_a_place_is_a_device_at_hand_or_a_gpu_by_name() -> None:
 @pytest.mark.parametrize("name", ["h20", "gpu", "cup"])
 def test_an_unknown_place_names_the_nearest(name: str) -> None:
     """Typing errors are answered with a guess."""
-    with pytest.raises(UnknownName, match="device to plan for"):
+    with pytest.raises(UnknownName, match="unknown device"):
         place_named(name)
 
 

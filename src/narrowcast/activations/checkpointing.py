@@ -4,7 +4,8 @@ The recomputation must be the same computation, and must not happen twice to any
 
     autocast            as it was at the call, and the rehearsed rules of CUDA with it
     kept functions      in fp32 again, where the policy keeps single functions so
-    random numbers      as they were at the call, and put back afterwards
+    random numbers      as they were at the call, and put back afterwards: torch's, Python's,
+                        numpy's, and those of generators that are attributes of modules
     BatchNorm           its running statistics are written by the first forward alone
     ledgers, trackers   (global module hooks) see it as a call of the module
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _NormBase  # the class of all norms with running statistics
@@ -30,6 +32,7 @@ from narrowcast.errors import UsageError
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import backward_context
 from narrowcast.precision.functions import FunctionsInForce, functions_in_force
+from narrowcast.randomness import random_state, restore_random_state
 
 __all__ = ["Checkpoint"]
 
@@ -62,7 +65,8 @@ class _Recomputing:
     def __init__(
         self, module: nn.Module, policy: Policy, device_type: str, functions: FunctionsInForce
     ) -> None:
-        self._enter = partial(_recomputing, module, policy, device_type, functions)
+        states = _RandomStates.of(module)
+        self._enter = partial(_recomputing, module, policy, device_type, functions, states)
         self._entered: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> None:
@@ -76,10 +80,40 @@ class _Recomputing:
 
 @contextmanager
 def _recomputing(
-    module: nn.Module, policy: Policy, device_type: str, functions: FunctionsInForce
+    module: nn.Module,
+    policy: Policy,
+    device_type: str,
+    functions: FunctionsInForce,
+    states: _RandomStates,
 ) -> Iterator[None]:
+    before = _RandomStates.of(module)
     with backward_context(policy, device_type), _scratch_statistics(module), functions.again():
-        yield
+        states.restore()
+        try:
+            yield
+        finally:
+            before.restore()
+
+
+@dataclass(frozen=True)
+class _RandomStates:
+    """Where all random numbers stand that a module may draw."""
+
+    general: dict[str, Any]
+    own: tuple[tuple[torch.Generator, Tensor], ...]
+    """Generators that are attributes of the module or of one below it."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _RandomStates:
+        attributes = (value for below in module.modules() for value in vars(below).values())
+        found = {id(value): value for value in attributes if isinstance(value, torch.Generator)}
+        own = tuple((generator, generator.get_state()) for generator in found.values())
+        return cls(random_state(), own)
+
+    def restore(self) -> None:
+        restore_random_state(self.general)
+        for generator, state in self.own:
+            generator.set_state(state)
 
 
 class _Region:

@@ -35,6 +35,11 @@ class LayerRule:
     def result_format(self) -> torch.memory_format:
         return torch.contiguous_format
 
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """The shape of a small input."""
+        return (2, *self.shape)
+
     def rows(self, x: Tensor) -> Tensor:
         return _rows(x, self.shape)
 
@@ -59,6 +64,11 @@ class RmsRule:
     @property
     def result_format(self) -> torch.memory_format:
         return torch.contiguous_format
+
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """The shape of a small input."""
+        return (2, *self.shape)
 
     def rows(self, x: Tensor) -> Tensor:
         return _rows(x, self.shape)
@@ -94,6 +104,11 @@ class GroupRule:
     @property
     def result_format(self) -> torch.memory_format:
         return torch.preserve_format
+
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """The shape of a small input, of two numbers a group at least."""
+        return (2, self.channels, 2)
 
     def rows(self, x: Tensor) -> Tensor:
         return x

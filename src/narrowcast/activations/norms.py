@@ -13,7 +13,7 @@ its statistics in bf16 on a CPU. A narrow norm keeps its input as it came and tw
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from narrowcast.activations.forward import Forward
 from narrowcast.activations.norm_rules import NORMS, NormRule, rule_of, wide
 from narrowcast.errors import UsageError
-from narrowcast.plan import ActivationRule
+from narrowcast.plan import EVERYWHERE, ActivationRule
 from narrowcast.policy import Policy
 from narrowcast.precision.islands import restore_autocast, switch_autocast_off
 
-__all__ = ["NarrowNorm", "narrow_norm", "narrow_norms", "require_narrow"]
+__all__ = ["NarrowNorm", "narrow_norm", "narrow_norms", "outside_islands", "require_narrow"]
 
 _NARROW = (torch.bfloat16, torch.float16)
+_OWN = tuple(kind.forward for kind in NORMS)
 _CHUNK = 2**20  # numbers widened at a time: 4 MiB for each fp32 temporary
 
 
@@ -82,21 +83,55 @@ class _Narrow(torch.autograd.Function):
 class NarrowNorm:
     """Lever: the norm computes in fp32, and keeps and returns 16 bits; in evaluation as well.
 
-    An fp32 input outside of autocast (an evaluation in full precision) goes the norm's own way.
+    An fp32 input outside of autocast (an evaluation in full precision) goes the norm's own way; so
+    does a 16-bit one where torch's own kernel is as narrow, as CUDA's layer norm is.
     """
 
     rule: NormRule
     name: str = "narrow_norm"
     computes: bool = True
+    natively: dict[tuple[torch.device, torch.dtype], bool] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """What `_is_native` found."""
 
     def run(self, module: nn.Module, inner: Forward, args: Any, kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, *_NARROW):
             return narrow_norm(x, module, self.rule, torch.get_autocast_dtype(kind))
-        if x.dtype in _NARROW:
+        if x.dtype in _NARROW and not self._is_native(module, inner, x):
             return narrow_norm(x, module, self.rule, x.dtype)
         return inner(*args, **kwargs)
+
+    def _is_native(self, module: nn.Module, inner: Forward, x: Tensor) -> bool:
+        """Whether torch's own kernel for these formats keeps as little, and that in fp32."""
+        weights = list(module.parameters(recurse=False))
+        if type(module).forward not in _OWN or any(w.dtype != x.dtype for w in weights):
+            return False
+        key = x.device, x.dtype
+        if key not in self.natively:
+            sample = x.new_zeros(self.rule.sample, requires_grad=True)
+            self.natively[key] = _keeps_little(inner, sample, weights)
+        return self.natively[key]
+
+
+def _keeps_little(norm: Forward, sample: Tensor, weights: list[nn.Parameter]) -> bool:
+    """Whether a norm saves fp32 numbers, fewer than its input has, beside input and weights."""
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+        norm(sample)
+    there = {id(sample), *map(id, weights)}
+    return all(
+        each.dtype is torch.float32 and each.numel() < sample.numel()
+        for each in saved
+        if id(each) not in there
+    )
 
 
 def narrow_norm(x: Tensor, module: nn.Module, rule: NormRule, dtype: torch.dtype) -> Tensor:
@@ -145,6 +180,8 @@ def _no_norms(rule: ActivationRule, count: int, others: set[nn.Module]) -> Usage
         f"the rule {rule.modules!r} (lever 'narrow_norm') matches {count} modules, and none of "
         "them is or holds a norm that it knows"
     )
+    if rule.modules == EVERYWHERE:
+        message = "none of the model's modules is a norm that it knows"
     if others and all(isinstance(module, _BatchNorm) for module in others):
         return UsageError(
             f"{message}, but {names}",
@@ -158,18 +195,32 @@ def _no_norms(rule: ActivationRule, count: int, others: set[nn.Module]) -> Usage
     )
 
 
-def require_narrow(model: nn.Module, name: str, policy: Policy) -> None:
-    """Raise UsageError for a norm in an fp32 island, where nothing is narrow."""
+def outside_islands(model: nn.Module, norms: list[nn.Module], policy: Policy) -> list[nn.Module]:
+    """Return the norms that are in no fp32 island: what a rule for all norms stands for."""
+    names = {module: name for name, module in model.named_modules()}
+    return [norm for norm in norms if _island_of(model, names[norm], policy) is None]
+
+
+def _island_of(model: nn.Module, name: str, policy: Policy) -> str | None:
+    """Return the name of the outermost fp32 island that a module is in; None outside of islands."""
     for path in _with_parents(name):
         module = model.get_submodule(path)
         classes = tuple(f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__)
         if policy.keeps(path, classes):
-            raise UsageError(
-                f"lever 'narrow_norm' and keep_fp32 exclude each other on {name!r}: policy "
-                f"{policy.name!r} keeps {path or 'the whole model'!r} in fp32 "
-                f"({', '.join(policy.keep_fp32)}), where its input and output are fp32",
-                hint="leave the norm out of keep_fp32: a narrow norm has fp32 statistics anyway",
-            )
+            return path
+    return None
+
+
+def require_narrow(model: nn.Module, name: str, policy: Policy) -> None:
+    """Raise UsageError for a norm in an fp32 island, where nothing is narrow."""
+    island = _island_of(model, name, policy)
+    if island is not None:
+        raise UsageError(
+            f"lever 'narrow_norm' and keep_fp32 exclude each other on {name!r}: policy "
+            f"{policy.name!r} keeps {island or 'the whole model'!r} in fp32 "
+            f"({', '.join(policy.keep_fp32)}), where its input and output are fp32",
+            hint="leave the norm out of keep_fp32: a narrow norm has fp32 statistics anyway",
+        )
 
 
 def _with_parents(name: str) -> Iterable[str]:

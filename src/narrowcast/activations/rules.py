@@ -20,14 +20,16 @@ from torch import nn
 from narrowcast.activations.blocks import repeated_blocks
 from narrowcast.activations.checkpointing import Checkpoint
 from narrowcast.activations.compression import Compression
+from narrowcast.activations.entries import forget_entries, note_entries
 from narrowcast.activations.forward import Lever, levered, put, take_off
 from narrowcast.activations.norm_rules import rule_of
-from narrowcast.activations.norms import NarrowNorm, narrow_norms, require_narrow
+from narrowcast.activations.norms import NarrowNorm, narrow_norms, outside_islands, require_narrow
 from narrowcast.activations.offload import Offload, require_device
 from narrowcast.activations.packing import PACKINGS
+from narrowcast.activations.remake import Remake
 from narrowcast.activations.rounding_stream import RoundingStream
 from narrowcast.errors import UsageError
-from narrowcast.plan import AUTO_BLOCKS, ActivationRule
+from narrowcast.plan import AUTO_BLOCKS, EVERYWHERE, ActivationRule
 from narrowcast.policy import Policy
 
 __all__ = [
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 # Outermost first. What handles saved tensors stands outside of what makes fewer of them.
-_ORDER = ("offload", "int8", "e4m3", "checkpoint", "narrow_norm")
+_ORDER = ("offload", "int8", "e4m3", "checkpoint", "remake", "narrow_norm")
 _HANDLES_SAVED = ("offload", "int8", "e4m3")
 # They hold other modules and are never called themselves.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -72,21 +74,24 @@ def apply_rules(
     """Put the levers of `rules` on the modules that they name, in place; replaces an earlier call.
 
     A rule takes the outermost modules that its glob matches, since these cover what is inside;
-    containers are never called and never match. ``narrow_norm`` takes all norms in them.
+    containers are never called and never match. ``narrow_norm`` takes all norms in them, and
+    ``remake`` the checkpointed modules in them as well.
     `seed` begins the stream that lossy levers round with (``rounding_state``).
 
     Raises UsageError for a rule without a match, and for two levers that exclude each other; the
     model is then as it was before.
     """
-    matches = [(rule, _matched(model, rule)) for rule in rules]
+    matches = [(rule, _matched(model, rule, policy)) for rule in rules]
     placed: _Placed = {}
     for rule, modules in matches:
         for module in modules:
             placed.setdefault(module, {}).setdefault(rule.lever, rule)
+    _remake_in_checkpoints(placed)
     names = {module: name for name, module in model.named_modules()}
     for module, levers in placed.items():
         _require_one_handler(names[module], levers)
         _require_nothing_recomputed(names, module, placed)
+        _require_exact_inputs(names, module, placed)
         if "offload" in levers:
             require_device(module, names[module])
         if "narrow_norm" in levers:
@@ -95,6 +100,8 @@ def apply_rules(
     stream = RoundingStream(seed)
     for module, levers in placed.items():
         put(module, tuple(_lever(n, module, policy, stream) for n in _ORDER if n in levers))
+        if "remake" in levers:
+            note_entries(module)
     return Applied(
         rules=tuple(
             AppliedRule(rule=rule, modules=tuple(names[module] for module in modules))
@@ -107,6 +114,7 @@ def remove_rules(model: nn.Module) -> None:
     """Take all levers off; without effect on a model that has none."""
     for module in model.modules():
         take_off(module)
+        forget_entries(module)
 
 
 def unused_levers(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -158,6 +166,8 @@ def _lever(name: str, module: nn.Module, policy: Policy, stream: RoundingStream)
             return Checkpoint(policy)
         case "offload":
             return Offload()
+        case "remake":
+            return Remake(policy)
         case "narrow_norm":
             rule = rule_of(module)
             assert rule is not None, "narrow_norms chose a module that it does not know"
@@ -166,7 +176,7 @@ def _lever(name: str, module: nn.Module, policy: Policy, stream: RoundingStream)
             return Compression(PACKINGS[name], stream)
 
 
-def _matched(model: nn.Module, rule: ActivationRule) -> list[nn.Module]:
+def _matched(model: nn.Module, rule: ActivationRule, policy: Policy) -> list[nn.Module]:
     """Return the modules that a rule puts its lever on, in the order of the model."""
     if rule.modules == AUTO_BLOCKS:
         wanted = set(map(model.get_submodule, repeated_blocks(model)))
@@ -174,8 +184,9 @@ def _matched(model: nn.Module, rule: ActivationRule) -> list[nn.Module]:
         # Also by the further names of a module that several hold.
         named = model.named_modules(remove_duplicate=False)
         wanted = {module for name, module in named if fnmatchcase(name, rule.modules)}
-    if rule.lever == "narrow_norm":
-        return narrow_norms(model, rule, wanted) if wanted else _refuse_unmatched(model, rule)
+    if rule.lever == "narrow_norm" and wanted:
+        norms = narrow_norms(model, rule, wanted)
+        return norms if rule.modules != EVERYWHERE else outside_islands(model, norms, policy)
     outermost = _outermost(model, wanted)
     if not outermost:
         _refuse_unmatched(model, rule)
@@ -236,6 +247,27 @@ def _require_nothing_recomputed(
                     f"it is part of the checkpointed {names[module]!r}, whose saved tensors are "
                     "computed again and not kept",
                 )
+
+
+def _require_exact_inputs(names: dict[nn.Module, str], module: nn.Module, placed: _Placed) -> None:
+    """Refuse to remake from what is rounded, where the results go into anything but a product."""
+    lossy = [lever for lever in placed[module] if lever in PACKINGS]
+    for inside in module.modules() if lossy else ():
+        if "remake" in placed.get(inside, {}):
+            raise _conflict(
+                names[inside],
+                placed[module][lossy[0]],
+                placed[inside]["remake"],
+                "what is made again from rounded inputs has biased gradients",
+            )
+
+
+def _remake_in_checkpoints(placed: _Placed) -> None:
+    """Put ``remake`` on checkpointed modules within its own: these run again without the rest."""
+    for module, levers in list(placed.items()):
+        for inside in module.modules() if "remake" in levers else ():
+            if "checkpoint" in placed.get(inside, {}):
+                placed[inside].setdefault("remake", levers["remake"])
 
 
 def _conflict(name: str, one: ActivationRule, other: ActivationRule, reason: str) -> UsageError:

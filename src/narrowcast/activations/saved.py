@@ -70,10 +70,11 @@ class Kept(Packed):
     Autograd checks that for tensors without hooks, and leaves it to the hooks where there are some.
     """
 
-    def __init__(self, tensor: Tensor, around: Around) -> None:
+    def __init__(self, tensor: Tensor, around: Around, version: int | None = None) -> None:
+        """`version` is what the tensor had when it was saved, if that is a while ago."""
         self._around = around
         self._held = around.hold(tensor)
-        self._version = tensor._version
+        self._version = tensor._version if version is None else version
 
     def restore(self) -> Tensor:
         tensor = self._around.get(self._held)

@@ -4,7 +4,9 @@
                    format's end), then all others from the inside out; `search.smallest_set` asks
                    the replayed steps
     2. less        of each module in the set: are modules inside it enough, or single functions?
-    3. proof       each member dropped alone, with what the replayed steps gave; and short trainings
+    3. later       a training with the set: where another step breaks, the search is made again on
+                   both kinds of steps
+    4. proof       each member dropped alone, with what the replayed steps gave; and short trainings
                    under other seeds with the set as it is, which decide nothing and are reported
 
 The oracle is `trials.Stage`: the kept steps under a plan, judged by the rules that accused the
@@ -23,7 +25,7 @@ from torch.overrides import TorchFunctionMode  # the only way to see functions t
 from torch.utils._pytree import tree_leaves
 
 from narrowcast.diagnosis.cures import can_be_island
-from narrowcast.diagnosis.examine import examine
+from narrowcast.diagnosis.examine import Examined, examine
 from narrowcast.diagnosis.gather import on_its_own
 from narrowcast.diagnosis.subject import Subject
 from narrowcast.diagnosis.trials import Outcome, Stage
@@ -41,6 +43,8 @@ Observe = Callable[[str], None]
 _TRAININGS = 3
 # Steps that a training takes beyond the one that failed.
 _BEYOND = 20
+# Searches, each on the steps of the one before and on what then broke later.
+_MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,28 +70,87 @@ def minimal_fp32(
     `under_seed` makes the subject again for the short trainings; they take `steps` steps, or some
     beyond `failed_at`.
     """
+    length = steps if failed_at is None else min(steps, failed_at + _BEYOND)
+    for remaining in reversed(range(_MOST_ROUNDS)):
+        found = _search(stage, plan, clues, observe)
+        if found is None:
+            return None
+        observe("training with the smallest set")
+        later = examine(stage.subject, found.plan, length, lambda words: None)
+        if not later.is_curable or not remaining:
+            return _recorded(
+                found,
+                plan,
+                stage.subject,
+                steps=length,
+                later=later,
+                under_seed=under_seed,
+                observe=observe,
+            )
+        # What broke later has to work as well: both kinds of steps are searched on together.
+        stage = stage.with_more(later.snapshots)
+        clues = replace(clues, findings=(*clues.findings, *later.findings))
+    raise AssertionError("the last round returns")
+
+
+def _recorded(
+    found: _Found,
+    plan: Plan,
+    subject: Subject,
+    *,
+    steps: int,
+    later: Examined,
+    under_seed: Callable[[int], Subject],
+    observe: Observe,
+) -> MinimalFp32:
+    """Put the record together, and train under further seeds."""
+    first = _trial(subject.seed, steps, later)
+    return MinimalFp32(
+        modules=found.modules,
+        operations=found.operations,
+        keep_fp32=found.plan.policy.keep_fp32[len(plan.policy.keep_fp32) :],
+        oracle_calls=found.calls,
+        candidates=found.candidates,
+        unique=found.result.unique,
+        alternatives=found.result.alternatives,
+        memory_bytes=_price(subject, plan, found.plan),
+        dropped=found.dropped,
+        trainings=(first, *_trainings(under_seed, found.plan, first.seed + 1, steps, observe)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A set with which the kept steps work."""
+
+    plan: Plan
+    modules: tuple[str, ...]
+    operations: tuple[str, ...]
+    dropped: tuple[DroppedModule, ...]
+    result: SearchResult
+    candidates: int
+    calls: int
+
+
+def _search(stage: Stage, plan: Plan, clues: Clues, observe: Observe) -> _Found | None:
+    """Search on the stage's steps; None if they fail with every module in fp32 as well."""
     model = stage.subject.rig(plan).engine.model
     names = _candidates(model, clues, plan.policy.compute)
     oracle = _Oracle(stage, plan, observe)
-    found = smallest_set(names, oracle.passes)
-    if found is None:
+    result = smallest_set(names, oracle.passes)
+    if result is None:
         return None
-    modules = _inside(found, names, oracle)
-    keep, operations = _functions(modules, stage, plan, oracle)
+    modules = _inside(result, names, oracle)
+    keep, operations = _functions(modules, model, stage, plan, oracle)
     calls = stage.calls  # those that ranked the candidates count as well
-    length = steps if failed_at is None else min(steps, failed_at + _BEYOND)
-    chosen = kept_in(plan, keep)
-    return MinimalFp32(
+    return _Found(
+        plan=kept_in(plan, keep),
         modules=tuple(modules),
         operations=operations,
-        keep_fp32=chosen.policy.keep_fp32[len(plan.policy.keep_fp32) :],
-        oracle_calls=calls,
-        candidates=len(names),
-        unique=found.unique,
-        alternatives=found.alternatives,
-        memory_bytes=_price(stage.subject, plan, chosen),
         dropped=tuple(oracle.without(name, keep) for name in keep),
-        trainings=tuple(_trainings(under_seed, chosen, stage.subject.seed, length, observe)),
+        result=result,
+        candidates=len(names),
+        calls=calls,
     )
 
 
@@ -167,11 +230,12 @@ def _with_others(
 
 
 def _functions(
-    modules: Sequence[str], stage: Stage, plan: Plan, oracle: _Oracle
+    modules: Sequence[str], model: nn.Module, stage: Stage, plan: Plan, oracle: _Oracle
 ) -> tuple[list[str], tuple[str, ...]]:
     """Replace modules by single functions of theirs where these are enough.
 
-    Returns all that is kept, and the functions among it.
+    Not where the module writes into buffers that stay 16-bit: what is computed in fp32 would be
+    rounded when it is stored. Returns all that is kept, and the functions among it.
     """
     kept = list(modules)
     functions: list[str] = []
@@ -179,13 +243,18 @@ def _functions(
     for name in modules:
         single = [f"{name or '*'}:{function}" for function in called[name]]
         others = [other for other in kept if other != name]
-        if len(single) < 2 or oracle.passes(frozenset(others)):
+        stores_narrow = not plan.policy.keeps_master and _has_buffers(model.get_submodule(name))
+        if len(single) < 2 or stores_narrow or oracle.passes(frozenset(others)):
             continue
         smaller = _with_others(single, others, oracle)
         if smaller is not None:
             kept = [*others, *smaller.kept]
             functions += smaller.kept
     return kept, tuple(functions)
+
+
+def _has_buffers(module: nn.Module) -> bool:
+    return any(buffer.is_floating_point() for buffer in module.buffers())
 
 
 def functions_called(stage: Stage, plan: Plan, modules: Sequence[str]) -> dict[str, list[str]]:
@@ -255,13 +324,17 @@ def _price(subject: Subject, plan: Plan, chosen: Plan) -> int | None:
 def _trainings(
     under_seed: Callable[[int], Subject], plan: Plan, first: int, steps: int, observe: Observe
 ) -> Iterator[Trial]:
-    """Train for a short time under several seeds, and say what a diagnosis says of each."""
-    for seed in range(first, first + _TRAININGS):
+    """Train for a short time under further seeds, and say what a diagnosis says of each."""
+    for seed in range(first, first + _TRAININGS - 1):
         observe(f"training with the smallest set, seed {seed}")
-        found = examine(under_seed(seed), plan, steps, lambda words: None).findings[0]
-        yield Trial(
-            seed=seed,
-            steps=steps,
-            works=found.kind == "fine",
-            outcome=f"{found.kind}: {found.explanation}",
-        )
+        yield _trial(seed, steps, examine(under_seed(seed), plan, steps, lambda words: None))
+
+
+def _trial(seed: int, steps: int, found: Examined) -> Trial:
+    finding = found.findings[0]
+    return Trial(
+        seed=seed,
+        steps=steps,
+        works=finding.kind == "fine",
+        outcome=f"{finding.kind}: {finding.explanation}",
+    )

@@ -58,6 +58,13 @@ class Stage:
         self.calls = 0
         self._references: dict[int, StepTrace] = {}
 
+    def with_more(self, snapshots: Sequence[Snapshot]) -> Stage:
+        """Return a stage on which these steps have to work as well; its calls count on."""
+        more = Stage(self.subject, (*self.snapshots, *snapshots), self.accused)
+        more.calls = self.calls
+        more._references = self._references
+        return more
+
     def try_plan(self, plan: Plan, *, scale: float | None = None, look: bool = False) -> Outcome:
         """Replay the kept steps under a plan; `scale` replaces the loss scale to begin with.
 
@@ -89,9 +96,9 @@ class Stage:
     def _evidence(
         self, plan: Plan, snapshot: Snapshot, scale: float | None, *, look: bool
     ) -> Evidence:
-        reference = self._references.get(snapshot.step)
+        reference = self._references.get(id(snapshot))
         if reference is None:
-            reference = self._references[snapshot.step] = reference_of(self.subject, plan, snapshot)
+            reference = self._references[id(snapshot)] = reference_of(self.subject, plan, snapshot)
         return gather(self.subject, plan, snapshot, scale=scale, reference=reference, look=look)
 
     def _try_updates(self, plan: Plan) -> Outcome:

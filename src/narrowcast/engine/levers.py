@@ -1,7 +1,8 @@
 """What a plan changes in a model beside its precision: activation levers and chunked logits.
 
-A named plan asks for "the repeated blocks" and "the head" of whatever model it is given. Where a
-model has none, that part of the plan is left out and said so: the notes are printed and recorded.
+A named plan asks for "the repeated blocks", "all norms" and "the head" of whatever model it is
+given. Where a model has none, that part of the plan is left out and said so: the notes are printed
+and recorded.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from narrowcast.activations.blocks import repeated_blocks
+from narrowcast.activations.norms import narrow_norms
 from narrowcast.activations.rules import apply_rules, remove_rules, unused_levers
 from narrowcast.errors import UsageError
 from narrowcast.loss.heads import ChunkedLogits, chunked_logits
-from narrowcast.plan import AUTO_BLOCKS, ActivationRule, Plan
+from narrowcast.plan import AUTO_BLOCKS, EVERYWHERE, ActivationRule, Plan
 
 __all__ = ["Levers", "apply_levers", "remove_levers"]
+
+_WHATEVER_THERE_IS = (AUTO_BLOCKS, EVERYWHERE)
+"""Rules that ask for no module in particular."""
 
 _CHUNKED: weakref.WeakKeyDictionary[nn.Module, ChunkedLogits] = weakref.WeakKeyDictionary()
 """The handle of each model whose logits an engine defers."""
@@ -44,7 +49,8 @@ class Levers:
     def _without_effect(self) -> Iterator[str]:
         if self.rules:
             for name, levers in unused_levers(self.model).items():
-                yield f"{', '.join(levers)} on {name!r} did nothing: the module was not called"
+                where = repr(name) if name else "the whole model"
+                yield f"{', '.join(levers)} on {where} did nothing: the module was not called"
         handle = self.chunked
         if handle is None:
             return
@@ -66,7 +72,7 @@ def apply_levers(model: nn.Module, plan: Plan) -> Levers:
     notes += [
         f"{each.rule.lever}: {_listed(each.modules)}"
         for each in applied.rules
-        if each.rule.modules == AUTO_BLOCKS
+        if each.rule.modules in _WHATEVER_THERE_IS
     ]
     chunked = None
     if plan.loss != "whole":
@@ -90,17 +96,23 @@ def remove_levers(model: nn.Module) -> None:
 
 def _rules_for(model: nn.Module, plan: Plan) -> tuple[tuple[ActivationRule, ...], list[str]]:
     """Return the rules that this model can have; the others become notes."""
-    if all(rule.modules != AUTO_BLOCKS for rule in plan.activations):
-        return plan.activations, []
-    try:
-        repeated_blocks(model)
-    except UsageError as error:
-        kept = tuple(rule for rule in plan.activations if rule.modules != AUTO_BLOCKS)
-        left_out = {rule.lever for rule in plan.activations} - {rule.lever for rule in kept}
-        return kept, [f"without {', '.join(sorted(left_out))}: {error.message}"]
-    return plan.activations, []
+    rules: list[ActivationRule] = []
+    left_out: dict[str, list[str]] = {}
+    for rule in plan.activations:
+        try:
+            if rule.modules == AUTO_BLOCKS:
+                repeated_blocks(model)
+            if rule.modules == EVERYWHERE and rule.lever == "narrow_norm":
+                narrow_norms(model, rule, set(model.modules()))
+            rules.append(rule)
+        except UsageError as error:
+            left_out.setdefault(error.message, []).append(rule.lever)
+    notes = [f"without {', '.join(sorted(set(e)))}: {why}" for why, e in left_out.items()]
+    return tuple(rules), notes
 
 
 def _listed(names: tuple[str, ...], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    if not names:
+        return "no module, as all of them are fp32 islands"
+    shown = [name or "the whole model" for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

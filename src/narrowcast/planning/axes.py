@@ -10,10 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from narrowcast.plan import AUTO_BLOCKS, OWN, PLANS, ActivationRule, Plan
+from narrowcast.plan import AUTO_BLOCKS, EVERYWHERE, OWN, PLANS, ActivationRule, Plan
+from narrowcast.policy import Policy
 from narrowcast.records.plan import AxisEffect
 
-__all__ = ["anonymous", "effects_of", "is_exact", "loss_of", "named", "short"]
+__all__ = [
+    "NORMS",
+    "anonymous",
+    "effects_of",
+    "is_exact",
+    "loss_of",
+    "named",
+    "short",
+    "stores_loss_of",
+]
+
+NORMS = PLANS["bf16-split"].activations
+"""What bf16 weights always have, so that the statistics of norms are fp32 on CPUs too."""
 
 # The order in which lossy choices of one axis are preferred, and what is said of each.
 _COMPUTE = {
@@ -43,6 +56,7 @@ _LEVERS = {
     "offload": (0, "keeps what backward needs in the host's memory"),
     "int8": (2, "keeps what backward needs as 8-bit codes"),
     "e4m3": (3, "keeps what backward needs in 8-bit floats"),
+    "remake": (0, "makes again in backward what is cheap to make, for the same bits"),
     "narrow_norm": (1, "lets norms read and write 16 bits; their statistics stay fp32"),
 }
 
@@ -60,6 +74,12 @@ def is_exact(plan: Plan, *, batch_norm: bool) -> bool:
 def loss_of(plan: Plan, *, batch_norm: bool) -> int:
     """Return how lossy a plan is, for ranking alone: the sum over its choices; 0 is exact."""
     return sum(loss for _, loss in _effects(plan, batch_norm=batch_norm))
+
+
+def stores_loss_of(plan: Plan) -> int:
+    """Return how lossy a plan's stores of weights and states are; 0 is exact."""
+    effects = _effects(plan, batch_norm=False)
+    return sum(loss for effect, loss in effects if effect.axis in ("weights", "states"))
 
 
 def _effects(plan: Plan, *, batch_norm: bool) -> Iterator[tuple[AxisEffect, int]]:
@@ -101,8 +121,8 @@ def _rules(plan: Plan) -> dict[str, str]:
     """Map each lever to the modules that it is on, in words."""
     found: dict[str, list[str]] = {}
     for rule in plan.activations:
-        modules = "all blocks" if rule.modules == AUTO_BLOCKS else rule.modules
-        found.setdefault(rule.lever, []).append(modules)
+        modules = {AUTO_BLOCKS: "all blocks", EVERYWHERE: "all modules"}.get(rule.modules)
+        found.setdefault(rule.lever, []).append(modules or rule.modules)
     return {lever: ", ".join(modules) for lever, modules in found.items()}
 
 
@@ -119,19 +139,29 @@ def named(plan: Plan) -> Plan:
 
 
 def anonymous(plan: Plan) -> Plan:
-    """Return the plan without its name, which changes neither a byte nor a second."""
-    return replace(plan, name="", policy=replace(plan.policy, name=""))
+    """Return the plan under no name of its own: names change neither a byte nor a second.
+
+    The policy is called after its formats, by which a user knows it.
+    """
+    return replace(plan, name="candidate", policy=replace(plan.policy, name=_formats(plan.policy)))
+
+
+def _formats(policy: Policy) -> str:
+    """Write in one word what is computed in, and whether weights are in it too."""
+    return f"{policy.compute}w" if policy.param == policy.compute != "fp32" else policy.compute
 
 
 def short(plan: Plan) -> str:
-    """Write a plan's choices in one word: 'bf16w-split16-int8-checkpoint-chunked-x4'."""
-    policy = plan.policy
-    parts = [f"{policy.compute}w" if policy.param == policy.compute != "fp32" else policy.compute]
+    """Write a plan's choices in one word: 'bf16w-split16-int8-checkpoint-chunked-x4'.
+
+    The norms that bf16 weights always have are no choice.
+    """
+    parts = [_formats(plan.policy)]
     if plan.weights != OWN:
         parts += [part for part in (plan.weights, plan.states) if part != "fp32"] or ["fp32"]
     if plan.gradients == "release":
         parts.append("release")
-    parts += [_short_rules(lever, plan.activations) for lever in _rules(plan)]
+    parts += _short_rules(plan)
     if plan.loss != "whole":
         parts.append(plan.loss)
     if plan.micro_batches > 1:
@@ -139,7 +169,12 @@ def short(plan: Plan) -> str:
     return "-".join(parts)
 
 
-def _short_rules(lever: str, rules: tuple[ActivationRule, ...]) -> str:
-    count = sum(rule.lever == lever for rule in rules)
-    is_all = any(rule.lever == lever and rule.modules == AUTO_BLOCKS for rule in rules)
-    return lever if is_all else f"{lever}{count}"
+def _short_rules(plan: Plan) -> Iterator[str]:
+    usual = NORMS if plan.policy.param == "bf16" else ()
+    found: dict[str, list[ActivationRule]] = {}
+    for rule in plan.activations:
+        if rule not in usual:
+            found.setdefault(rule.lever, []).append(rule)
+    for lever, rules in found.items():
+        is_all = any(rule.modules in (AUTO_BLOCKS, EVERYWHERE) for rule in rules)
+        yield lever if is_all else f"{lever}{len(rules)}"
