@@ -28,6 +28,7 @@ def anonymous(record: DiagnosisRecord) -> DiagnosisRecord:
     return replace(
         record,
         recipe_path=there,
+        typed=record.typed.replace(here, there),
         finding=placed(record.finding),
         others=tuple(map(placed, record.others)),
         remedies=tuple(

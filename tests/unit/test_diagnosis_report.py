@@ -123,7 +123,7 @@ def test_the_command_of_the_policy_file_is_shown_where_there_is_one() -> None:
     written = replace(record.minimal_fp32, policy_file="runs/x/policy.json")
 
     assert "--policy" not in printed(replace(record, minimal_fp32=replace(written, policy_file="")))
-    assert "--policy runs/x/policy.json" in printed(replace(record, minimal_fp32=written))
+    assert "--set large=last --policy runs/x/policy.json" in printed(replace(record, minimal_fp32=written))
 
 
 def test_good_news_has_the_same_report_without_what_there_is_not() -> None:

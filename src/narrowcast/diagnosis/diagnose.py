@@ -180,6 +180,7 @@ def _record(
     record = DiagnosisRecord(
         recipe=subject.name,
         recipe_path=str(subject.path or ""),
+        typed=subject.typed,
         options=dict(subject.options),
         precision=plan.name,
         plan=to_json(plan),

@@ -222,6 +222,8 @@ class DiagnosisRecord:
     schema: int = 1
     recipe: str
     recipe_path: str = ""
+    typed: str = ""
+    """How the command line calls the recipe, options included; '' for what it cannot call."""
     options: dict[str, OptionValue] = field(default_factory=dict)
     precision: str
     plan: dict[str, AxisValue] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from the smallest to the largest magnitude, and shaded on both sides what the fo
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -342,8 +343,8 @@ def _smallest(record: DiagnosisRecord) -> tuple[Block, ...]:
                 ),
             )
         )  # fmt: skip
-    if found.policy_file:
-        command = f"narrowcast train {record.recipe} --policy {found.policy_file}"
+    if found.policy_file and record.typed:
+        command = f"narrowcast train {record.typed} --policy {shlex.quote(found.policy_file)}"
         blocks.append(Prose(lines=(command,), kind="code"))
     return tuple(blocks)
 
