@@ -28,7 +28,9 @@ HOSTILE = (
     "<a href='javascript:hit=1'>[red]%{x}&lt;{{7*7}}\x1b[31m\u202e\n@p-fp16"
 )
 # Fields whose values are words of ours, not a user's.
-_OURS = {"verdict", "reason", "status", "kind", "direction", "margin_kind", "speed", "phase", "compute"}
+_OURS = {
+    "verdict", "reason", "status", "kind", "direction", "margin_kind", "speed", "phase", "compute",
+}  # fmt: skip
 
 
 def golden(name: str) -> Any:

@@ -122,8 +122,12 @@ def test_the_command_of_the_policy_file_is_shown_where_there_is_one() -> None:
     record = golden("diagnosis")
     written = replace(record.minimal_fp32, policy_file="runs/x/policy.json")
 
-    assert "--policy" not in printed(replace(record, minimal_fp32=replace(written, policy_file="")))
-    assert "--set large=last --policy runs/x/policy.json" in printed(replace(record, minimal_fp32=written))
+    without = printed(replace(record, minimal_fp32=replace(written, policy_file="")))
+
+    assert "--policy" not in without
+    assert "--set large=last --policy runs/x/policy.json" in printed(
+        replace(record, minimal_fp32=written)
+    )
 
 
 def test_good_news_has_the_same_report_without_what_there_is_not() -> None:
