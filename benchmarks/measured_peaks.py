@@ -6,6 +6,7 @@ The rows lie outside of the repository (their sources are named there, row by ro
 loops behind them are rebuilt in benchmarks/peaks and traced on fake tensors; nothing is fitted to a
 row. Prints each training peak and a summary, with `--all` the stages as well, and writes ids and
 errors to benchmarks/results/measured-peaks.json, where `--only` keeps the rows of other set-ups.
+Which command made the rows of a set-up, and when, is told there for each (`made`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from peaks import huggingface, rows
-from provenance import RESULTS, write_results
+from provenance import RESULTS, provenance, write_results
 
 CSV = Path(__file__).resolve().parents[2] / "shared" / "data" / "measured_gpu_peaks.csv"
 
@@ -94,12 +95,20 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def kept(only: list[str]) -> list[dict[str, Any]]:
+def kept(known: dict[str, Any], only: list[str]) -> list[dict[str, Any]]:
     """Return the rows of the set-ups that this run leaves as they are."""
-    path = RESULTS / "measured-peaks.json"
-    if not path.is_file():
-        return []
-    return [line for line in json.loads(path.read_text())["rows"] if line["setup"] not in only]
+    return [line for line in known.get("rows", ()) if line["setup"] not in only]
+
+
+def made(known: dict[str, Any], only: list[str]) -> dict[str, dict[str, str]]:
+    """Say for each set-up which command made its rows, when, from which commit and torch."""
+    here = provenance()
+    return {
+        setup: {key: origin[key] for key in ("command", "date", "commit", "torch")}
+        for setup in SETUPS
+        for origin in [here if setup in only else known.get("made", {}).get(setup, known)]
+        if origin
+    }
 
 
 def main() -> None:
@@ -121,8 +130,13 @@ def main() -> None:
             "{setup:<18} {grade} {kind:<5} {counter:<9} {rows:>4} rows   "
             "median {median_percent:.4f} %   worst {worst_percent:.4f} %".format(**total)
         )
-    lines = sorted([*lines, *kept(only)], key=lambda line: line["id"])
-    write_results("measured-peaks", lines, summary=summary(lines), source=options.csv.name)
+    path = RESULTS / "measured-peaks.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    lines = sorted([*lines, *kept(known, only)], key=lambda line: line["id"])
+    write_results(
+        "measured-peaks", lines, made=made(known, only), summary=summary(lines),
+        source=options.csv.name,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -78,8 +78,7 @@ def measure_recipe(
     """
     devices = [device] if device.type == "cuda" else []
     plan = as_plan(plan)
-    policy = plan.policy
-    with torch.random.fork_rng(devices=devices), numeric_settings(policy):
+    with torch.random.fork_rng(devices=devices), numeric_settings(plan.policy):
         torch.manual_seed(seed)
         data, batch = first_batch(recipe, recipe.batch_size, seed)
         bench = Bench.of(recipe, plan, device, data=data, batch=batch)
@@ -88,8 +87,8 @@ def measure_recipe(
         notes = (*notes_on(bench, device), *record.notes)
         record = replace(record, options=option_values(recipe), notes=notes)
         if cross_check:
-            record = _cross_checked(record, bench)
-        if break_even and policy.autocasts:
+            record = _cross_checked(record, bench, seen=ledger.peak_seen_bytes)
+        if break_even and plan.policy.autocasts:
             record = replace(record, break_even=_break_even(bench, record, ledger))
     return record
 
@@ -238,8 +237,8 @@ def notes_on(bench: Bench, device: torch.device) -> list[str]:
     return notes
 
 
-def _cross_checked(record: MemoryRecord, bench: Bench) -> MemoryRecord:
-    """Repeat the step under torch's own tracker and record what it counts."""
+def _cross_checked(record: MemoryRecord, bench: Bench, *, seen: int) -> MemoryRecord:
+    """Repeat the step under torch's tracker; `seen` is what the ledger saw as such trackers do."""
     # Imported here because it pulls in all of torch.distributed, for this option alone.
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -259,6 +258,8 @@ def _cross_checked(record: MemoryRecord, bench: Bench) -> MemoryRecord:
     difference = record.total_peak_bytes - total
     word = "fewer" if difference > 0 else "more"
     verdict = f"{abs(difference):,} {word} than the ledger" if difference else "equal"
+    if difference and total == seen:
+        verdict += " (under a mode, autograd does not sum gradients in place)"
     note = f"torch's MemTracker counts {total:,} bytes on a repeat of this step: {verdict}"
     return replace(record, memtracker_peak_bytes=total, notes=(*record.notes, note))
 

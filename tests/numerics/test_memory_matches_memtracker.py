@@ -1,4 +1,8 @@
-"""The ledger's total against two independent counts: torch's MemTracker's, the allocator's."""
+"""The ledger's total against two independent counts: torch's MemTracker's, the allocator's.
+
+MemTracker sees a sum of two gradients as a third tensor, as any dispatch mode makes it; so does the
+ledger, which then takes out what autograd makes in place while nothing watches.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +82,8 @@ def test_the_total_is_memtrackers_to_the_byte(name: str, policy: Policy, warm_up
             ledger.inputs(batch)
             step()
         record = ledger.record()
-        totals.append(record.total_peak_bytes)
+        totals.append(ledger.peak_seen_bytes)
+        assert record.total_peak_bytes <= ledger.peak_seen_bytes
         assert sum(line.bytes for line in record.lines) == record.total_peak_bytes
 
     assert totals[0] == totals[1]
@@ -104,9 +109,7 @@ def test_micro_batches_are_counted_alike_as_well() -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         snapshot = tracker.get_tracker_snapshot("peak").values()
-        peaks.append(
-            sum(p["Total"] for p in snapshot) if tracked else ledger.record().total_peak_bytes
-        )
+        peaks.append(sum(p["Total"] for p in snapshot) if tracked else ledger.peak_seen_bytes)
 
     assert peaks[0] == peaks[1]
 

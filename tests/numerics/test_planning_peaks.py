@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from narrowcast.plan import OWN, PLANS, STATES, WEIGHTS, Plan
+from narrowcast.planning.axes import NORMS
 from narrowcast.planning.peaks import _CLOSE, Peaks, with_data_at_hand
-from narrowcast.planning.space import CHECKPOINT
+from narrowcast.planning.space import CHECKPOINT, REMAKE
 from narrowcast.policy import Policy
 from narrowcast.prediction.predict import predict_memory
 from narrowcast.profiling import first_batch
@@ -95,8 +96,13 @@ def test_no_model_takes_more_than_was_put_together(name: str, plan: Plan) -> Non
         {"activations": CHECKPOINT},
         {"loss": "chunked"},
         {"activations": CHECKPOINT, "loss": "chunked", "micro_batches": 4},
+        {"activations": NORMS},
+        {"activations": (*REMAKE, *NORMS)},
+        {"activations": (*CHECKPOINT, *REMAKE, *NORMS), "loss": "chunked", "micro_batches": 4},
     ],
-    ids=str,
+    ids=lambda changes: "-".join(
+        [rule.lever for rule in changes.get("activations", ())] + [changes.get("loss", "whole")]
+    ),
 )
 def test_levers_of_the_computation_are_in_its_trace(changes: dict[str, Any]) -> None:
     """Checkpointing and chunked loss change what is computed, and stores do not."""

@@ -251,6 +251,26 @@ def test_the_three_phases_follow_each_other() -> None:
     assert changes == ["forward", "backward", "forward", "backward", "optimizer"]
 
 
+def test_a_ledger_of_two_steps_can_begin_at_the_second() -> None:
+    """Peak and timeline are the second step's; the events tell of both."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = batch()
+    ledger = MemoryLedger(model, optimizer)
+    with ledger:
+        torch.randn(1000, 1000)
+        train(model, optimizer, x)
+        ledger.begin_here()
+        train(model, optimizer, x)
+
+    record = ledger.record()
+    assert record.total_peak_bytes == ledger.peak_bytes == ledger.peak_seen_bytes < 4_000_000
+    assert max(change for _, change in ledger.events()) == 4_000_000
+    second = ledger_of(model, optimizer, lambda: train(model, optimizer, x))
+    assert record.total_peak_bytes == second.total_peak_bytes
+    assert lines(record) == lines(second)
+
+
 def test_a_batch_that_was_not_announced_is_found_at_the_door_of_the_model() -> None:
     """Arguments of the outermost module are inputs, by position or by name."""
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -181,3 +182,18 @@ def test_a_batch_of_nothing_is_refused(batch: str) -> None:
         run("predict", "tabular", "-p", "fp32", "--batch", batch)
 
     assert "at least 1" in raised.value.hint
+
+
+def test_a_gpu_is_known_by_its_name_in_capitals() -> None:
+    """As its maker writes it, and as `plan` takes it."""
+    small = ("--set", "batch_size=16", "--set", "width=32", "-p", "fp32", "--json", "-")
+    result = run("predict", "tabular", *small, "--device", "H200")
+
+    assert json.loads(result.stdout)["device"] == "h200"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is present")
+def test_cuda_is_the_gpu_at_hand_and_an_error_without_one() -> None:
+    """It is not an unknown name: `plan` takes it too."""
+    with pytest.raises(UsageError, match="finds no CUDA device"):
+        run("predict", "tabular", "--device", "cuda")

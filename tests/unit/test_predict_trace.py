@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from narrowcast import rounding
 from narrowcast.errors import RecipeError, UnknownName, UnsupportedPrecision, UsageError
+from narrowcast.loss.cross_entropy import linear_cross_entropy
 from narrowcast.plan import plan_named
 from narrowcast.prediction.cpu_kernels import CpuKernels
 from narrowcast.prediction.predict import predict_memory, predict_step_memory
@@ -233,6 +234,24 @@ def test_a_real_module_is_cast_as_ever_while_another_thread_is_on_a_stage() -> N
     assert real.weight.dtype is torch.float64
     assert nn.Module._apply is before
     assert "__deepcopy__" not in vars(FakeTensor)
+
+
+def test_a_real_loss_makes_all_its_tiles_while_another_thread_is_on_a_stage() -> None:
+    """What a trace leaves out of loops over tiles is left out on its own thread alone."""
+    hidden, weight = torch.randn(64, 8), torch.randn(1000, 8)
+    target = torch.arange(64)
+    expected = F.cross_entropy(hidden @ weight.T, target)
+    found: list[Tensor] = []
+
+    def compute() -> None:
+        found.append(linear_cross_entropy(hidden, weight, target, chunk_bytes=2**14))
+
+    with Stage(CpuKernels()):
+        other = threading.Thread(target=compute)
+        other.start()
+        other.join()
+
+    torch.testing.assert_close(found[0], expected)
 
 
 def test_what_a_plan_leaves_out_of_a_model_is_said() -> None:

@@ -7,13 +7,13 @@ as a gradient from its first byte on, not only after autograd has put it in its 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
 from narrowcast.memory.storages import Holding
 from narrowcast.records.memory import CATEGORIES, MemoryLine, ModuleMemory, TimelinePoint
 
-__all__ = ["Moment", "held_at", "lines_of", "modules_of", "peak_of", "timeline_of"]
+__all__ = ["Moment", "held_at", "lines_of", "modules_of", "peak_of", "timeline_of", "without"]
 
 Log = Sequence[tuple[Holding, int]]
 
@@ -85,6 +85,24 @@ def timeline_of(log: Log, moments: Sequence[Moment], most: int) -> tuple[Timelin
             )
         )
     return tuple(points)
+
+
+def without(
+    hidden: Set[Holding], log: Log, moments: Sequence[Moment]
+) -> tuple[list[tuple[Holding, int]], list[Moment]]:
+    """Return log and moments as they would be had some holdings never been."""
+    kept: list[tuple[Holding, int]] = []
+    # Of each prefix of the log: how many of its events stay, and the bytes of those that do not.
+    stays, hides = [0], [0]
+    for holding, change in log:
+        is_hidden = holding in hidden
+        if not is_hidden:
+            kept.append((holding, change))
+        stays.append(len(kept))
+        hides.append(hides[-1] + (change if is_hidden else 0))
+    return kept, [
+        Moment(stays[m.logged], m.phase, m.module, m.bytes - hides[m.logged]) for m in moments
+    ]
 
 
 def _thinned(moments: Sequence[Moment], most: int) -> list[int]:

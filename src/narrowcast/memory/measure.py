@@ -17,7 +17,7 @@ Limitations are in docs/memory-ledger.md.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -38,6 +38,7 @@ from narrowcast.memory.attribution import (
     modules_of,
     peak_of,
     timeline_of,
+    without,
 )
 from narrowcast.memory.gradients import GradientWatch
 from narrowcast.memory.modules import OUTSIDE, ModuleTrace, in_backward
@@ -154,6 +155,31 @@ class MemoryLedger:
     def events(self) -> Sequence[tuple[Holding, int]]:
         """Return every change of a storage's bytes so far, in order; it grows while open."""
         return self._book.log
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest total, as in the record."""
+        return max(moment.bytes for moment in self._moments())
+
+    @property
+    def peak_seen_bytes(self) -> int:
+        """The highest total that anything that watches operations sees, as torch's MemTracker.
+
+        It is above the peak where that is a sum of two gradients, which autograd makes in place
+        while nothing watches.
+        """
+        return self._watch.highest
+
+    def begin_here(self) -> None:
+        """Drop the moments so far: peak and timeline are of what follows. Events stay."""
+        self._watch.forget()
+
+    def leave_out(self, hidden: Set[Holding]) -> None:
+        """Take holdings out of a closed ledger, as if they had never been."""
+        if hidden:
+            self._book.log[:], self._watch.moments[:] = without(
+                hidden, self._book.log, self._moments()
+            )
 
     def peak_lines(self, *phases: str) -> dict[str, int]:
         """Return bytes by category at the highest moment of these phases; they must have run."""

@@ -72,6 +72,9 @@ class ModuleTrace:
         self._depth_at_backward = 0
         self._outer_graph = -1
         self._last_backward_name = OUTSIDE
+        self.run = 0
+        """How many nodes of a graph have run so far, as far as operations showed them."""
+        self._number = -1
         self._ranges: dict[int, _Ranges] = {}
         self._forward_thread = threading.get_ident()
         self._on_call = on_call
@@ -124,10 +127,14 @@ class ModuleTrace:
             return self._stack[-1] if self._stack else OUTSIDE
         node = torch._C._current_autograd_node()
         if node is not None:
-            self._last_backward_name = self._maker_of(node)
+            number = node._sequence_nr()
+            if number != self._number:
+                self._number = number
+                self.run += 1
+            self._last_backward_name = self._maker_of(node, number)
         return self._last_backward_name
 
-    def _maker_of(self, node: Any) -> str:
+    def _maker_of(self, node: Any, number: int) -> str:
         variable = getattr(node, "variable", None)  # AccumulateGrad has one, and no number
         if variable is not None:
             return self.owner_of(variable)
@@ -135,7 +142,7 @@ class ModuleTrace:
         nested = torch._C._current_graph_task_id() != self._outer_graph
         thread = threading.get_ident() if nested else self._forward_thread
         ranges = self._ranges.get(thread)
-        return ranges.name_of(node._sequence_nr()) if ranges is not None else OUTSIDE
+        return ranges.name_of(number) if ranges is not None else OUTSIDE
 
     def _before(self, module: nn.Module, arguments: Any) -> None:
         if module not in self._names:

@@ -68,13 +68,15 @@ _SPARSE_PARTS: dict[torch.layout, tuple[Callable[[Tensor], Tensor], ...]] = {
 class Holding:
     """One storage: its size now, its role as far as known, the module that it belongs to."""
 
-    __slots__ = ("bytes", "key", "module", "reference", "role")
+    __slots__ = ("bytes", "key", "module", "reference", "role", "run")
 
-    def __init__(self, key: int, size: int, role: str, module: str) -> None:
+    def __init__(self, key: int, size: int, role: str, module: str, run: int = 0) -> None:
         self.key = key
         self.bytes = size
         self.role = role
         self.module = module
+        self.run = run
+        """During which node of autograd's graph it was made, by a count of the nodes that ran."""
         self.reference: weakref.ref[torch.UntypedStorage] | None = None
 
     def claim(self, role: str, module: str | None = None) -> None:
@@ -133,6 +135,9 @@ class StorageBook:
         self.log: list[tuple[Holding, int]] = []
         self.only_read: tuple[tuple[int, str], ...] = ()
         """After closing: size, and module of the first use, of what was read and never counted."""
+        self.run = 0
+        """What holdings made from now on say of themselves (``Holding.run``)."""
+        self._expected: tuple[Holding, Holding, Callable[[int], None]] | None = None
         self._live: dict[int, Holding] = {}
         self._read: dict[int, _Foreign] = {}
         self._open = True
@@ -191,6 +196,17 @@ class StorageBook:
         if holding is not None and self._open:
             self._change(holding, storage.nbytes())
 
+    def expect(self, old: Holding, new: Holding, amend: Callable[[int], None]) -> None:
+        """Take `new`, made by the last operation, for `old`, if that goes before `settle`.
+
+        `amend` is then called with the bytes that were counted twice.
+        """
+        self._expected = old, new, amend
+
+    def settle(self) -> None:
+        """Expect nothing any more."""
+        self._expected = None
+
     def _foreign(self, storage: torch.UntypedStorage) -> _Foreign | None:
         """Return what was noted when this storage was read; its address may be another's by now."""
         found = self._read.get(storage._cdata)
@@ -201,7 +217,7 @@ class StorageBook:
         holding = self._live.get(key)
         size = storage.nbytes()
         if holding is None:
-            holding = self._live[key] = Holding(key, 0, role, module)
+            holding = self._live[key] = Holding(key, 0, role, module, self.run)
             # The reference lives in the holding; without it the callback would never come.
             holding.reference = weakref.ref(storage, partial(self._gone, holding))
         if holding.bytes != size:
@@ -215,6 +231,27 @@ class StorageBook:
         self.log.append((holding, change))
 
     def _gone(self, holding: Holding, _: object) -> None:
-        if self._open:
-            self._live.pop(holding.key, None)
-            self._change(holding, 0)
+        if not self._open:
+            return
+        self._live.pop(holding.key, None)
+        if self._expected is not None and self._expected[0] is holding:
+            old, new, amend = self._expected
+            self._expected = None
+            if old.bytes == new.bytes and self._replace(old, new):
+                amend(old.bytes)
+                return
+        self._change(holding, 0)
+
+    def _replace(self, old: Holding, new: Holding) -> bool:
+        """Let `old` go on in the storage of `new`, as if that had never been; it must be live."""
+        storage = None if new.reference is None else new.reference()
+        if storage is None:
+            return False
+        made = next(i for i in range(len(self.log) - 1, -1, -1) if self.log[i][0] is new)
+        del self.log[made]
+        self.total -= new.bytes
+        old.key = new.key
+        old.reference = weakref.ref(storage, partial(self._gone, old))
+        self._live[old.key] = old
+        new.bytes, new.reference = 0, None
+        return True

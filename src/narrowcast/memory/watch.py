@@ -7,11 +7,14 @@ update: unscaling, clipping, the optimizer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowcast.memory.attribution import Moment
@@ -23,6 +26,10 @@ __all__ = ["BACKWARD", "FORWARD", "OPTIMIZER", "Watch"]
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
 _aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
+_ENGINE = _engine_run_backward.__code__
+# What is found on the stack between a mode and the mode above it, or the engine.
+_BETWEEN = ("torch._ops", "torch._compile", "torch._dynamo.eval_frame")
 # Their argument was made a moment ago, below the dispatcher: it is new, not found.
 _BIRTHS = {_aten.lift_fresh.default, _aten.lift_fresh_copy.default, _aten.lift.default}
 
@@ -33,6 +40,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, book: StorageBook, trace: ModuleTrace) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.moments: list[Moment] = []
+        self.highest = 0
+        """Most bytes that a mode sees, torch's MemTracker too, before `_see_sum` corrects them."""
         self.phase = FORWARD
         self._quiet = False
         self._unpacked = False
@@ -43,7 +52,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mark(self, module: str) -> None:
         """Note the state as it is now."""
         book = self._book
+        self.highest = max(self.highest, book.total)
         self.moments.append(Moment(len(book.log), self.phase, module, book.total))
+
+    def forget(self) -> None:
+        """Drop the moments so far."""
+        self._book.settle()
+        self.moments.clear()
+        self.highest = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Learn what autograd saves, and hold it without its graph: an output would keep itself."""
@@ -64,10 +80,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # a fake tensor is asked where it is, which is no operation
+            return args[0].device
         # Wrapper subclasses (DTensor and the like) come apart first; their parts are seen here.
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
+        self._book.settle()
         unpacked, self._unpacked = self._unpacked, False
         if self._quiet or (unpacked and func is _aten.detach.default):
             return func(*args, **kwargs)
@@ -83,7 +102,37 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._trace.recomputing() and self.phase == BACKWARD:
             self._remember(result)
         self.mark(module)
+        if func is _aten.add.Tensor and self.phase == BACKWARD and len(args) == 2:
+            self._see_sum(args[0], args[1], result)
         return result
+
+    def _see_sum(self, old: Any, new: Any, total: Tensor) -> None:
+        """Know a sum that autograd would make in place of `old`, if no mode were watching.
+
+        Where two gradients of one tensor meet, it adds the second to the first, if the first has
+        no other owner (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace). Any mode
+        makes a third tensor of it, which a step without a ledger does not take. The first has no
+        other owner if it goes before anything else is done (`StorageBook.expect`).
+        """
+        if torch.is_grad_enabled() or not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+            return
+        first, made = self._book.find(old), self._book.find(total)
+        if (
+            first is not None
+            and made is not None
+            and first.run != self._trace.run  # else a product within the formula of this node
+            and old.shape == new.shape
+            and old.layout is new.layout is torch.strided
+            and not old._is_view()  # it holds its base, and the base the storage
+            and _is_dense(old)
+            and _is_called_by_engine()
+        ):
+            self._book.expect(first, made, self._amend)
+
+    def _amend(self, size: int) -> None:
+        """Take a sum out of the moment in which it was noted: it was in place."""
+        last = self.moments[-1]
+        self.moments[-1] = last._replace(logged=last.logged - 1, bytes=last.bytes - size)
 
     def _locate(self) -> str:
         """Bring the phase up to date and name the module at work."""
@@ -98,6 +147,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Backward is over and no module has been called since: unscaling, clipping, updating.
             self.phase = OPTIMIZER
         module = self._trace.current(backward=backward)
+        self._book.run = self._trace.run
         return "(optimizer)" if module == OUTSIDE and self.phase == OPTIMIZER else module
 
     def _see_copy(self, source: Tensor, copy: Tensor) -> None:
@@ -132,6 +182,27 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if holding.bytes:
                 holding.claim(Role.ACTIVATION)
         self._recomputed.clear()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether elements fill a stretch of storage, in whatever order of dimensions."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
+
+
+def _is_called_by_engine() -> bool:
+    """Whether autograd's engine itself called the operation at hand, through modes at most."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and (
+        frame.f_code.co_name == "__torch_dispatch__" or frame.f_globals["__name__"] in _BETWEEN
+    ):
+        frame = frame.f_back
+    return frame is None or frame.f_code is _ENGINE  # None: a thread of the engine's own
 
 
 def _each(value: Any, note: Callable[[Tensor, str], None], module: str) -> None:

@@ -109,4 +109,4 @@ def _at(bench: Bench, size: int, stage: Stage) -> Bench:
 
 
 def _peak(bench: Bench, stage: Stage, *, steps: int) -> int:
-    return trace_steps(bench, stage, steps=steps).record().total_peak_bytes
+    return trace_steps(bench, stage, steps=steps).peak_bytes

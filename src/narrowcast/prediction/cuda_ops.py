@@ -64,6 +64,8 @@ class CudaKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._workspaces: dict[tuple[str, bool], Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].device
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented
         rule = self.rules.get(func)

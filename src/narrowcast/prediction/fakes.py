@@ -5,6 +5,7 @@ Both contexts change module-level functions for as long as they are open, for fa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from narrowcast.loss import passes
+from narrowcast.loss.tiles import blocks
 from narrowcast.optim import dispatch, narrow, step
+from narrowcast.optim.layout import is_dense
 from narrowcast.optim.masters import write_master
 from narrowcast.optim.states import SMALL
 
@@ -92,48 +96,70 @@ def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
 
 @contextmanager
 def work_that_differs() -> Iterator[None]:
-    """Let a narrow optimizer update, of what makes and frees the same, only the first.
+    """Let optimizers and chunked losses do, of what makes and frees the same, only the first.
 
-    It goes through a tensor range by range (``optim.step``), with nothing alive between two ranges,
-    and through tensors of one size and store alike. GPT-2 has two thousand ranges, and an operation
-    on fake tensors takes as long on few elements as on many. The last range, which may be shorter,
-    is kept. Weights that have no contents need not be written when the optimizer is made.
+    A narrow optimizer goes through its tensors range by range (``optim.step``), a chunked loss
+    through its logits tile by tile (``loss.passes``), with nothing alive between two of them. GPT-2
+    has two thousand ranges, and an operation on fake tensors takes as long on few elements as on
+    many. Weights that have no contents need not be written when the optimizer is made.
     """
     update, part, advance = step.update, step._part, step._advance
+    seen: set[tuple[Hashable, Hashable]] = set()
+    last: Hashable = None
 
     def write(store: Any, value: Tensor, weight: Tensor, remainder: Tensor | None) -> None:
         if not isinstance(weight, FakeTensor):
             write_master(store, value, weight, remainder)
 
-    def representatives(rule: Any, items: Sequence[step.Item]) -> None:
-        update(rule, _that_differ(items) if _are_fake(items) else items)
+    def update_once(rule: Any, items: Sequence[step.Item]) -> None:
+        nonlocal last
+        seen.clear()
+        last = None
+        update(rule, items)
 
     def make(item: step.Item, start: int, stop: int) -> Any:
-        is_alike = start > 0 and stop < item.parameter.numel()
-        return None if is_alike and _are_fake([item]) else part(item, start, stop)
+        nonlocal last
+        if isinstance(item.parameter, FakeTensor) and item.parameter.numel() >= SMALL:
+            kind = _kind_of_range(item, start, stop)
+            # An allocator may serve the first of a kind after another kind from other memory.
+            pair, last = (last, kind), kind
+            if pair in seen:
+                return None
+            seen.add(pair)
+        return part(item, start, stop)
 
     def go(rule: Any, parts: list[Any]) -> None:
         if parts[0] is not None:
             advance(rule, parts)
 
     with (
-        _replaced(dispatch, update=representatives),
-        _replaced(step, _part=make, _advance=go),
+        _replaced(step, update=update_once, _part=make, _advance=go),
+        _replaced(dispatch, update=update_once),
         _replaced(narrow, write_master=write),
+        _replaced(passes, blocks=_few_of_blocks()),
     ):
         yield
 
 
-def _are_fake(items: Sequence[step.Item]) -> bool:
-    return all(isinstance(item.parameter, FakeTensor) for item in items)
+def _kind_of_range(item: step.Item, start: int, stop: int) -> Hashable:
+    """Tell what an update of a range allocates: with holes, more the larger the tensor is."""
+    layout, length = item.layout, stop - start
+    tensors = (item.parameter, item.gradient)
+    holes = [None if is_dense(t, layout) else (start, t.shape, t.stride()) for t in tensors]
+    return item.numbers, item.gradient.dtype, length, bool(layout), *holes
 
 
-def _that_differ(items: Sequence[step.Item]) -> list[step.Item]:
-    """Return the small items, which are updated together, and one of all large ones alike."""
-    kept: dict[Hashable, step.Item] = {}
-    for item in items:
-        weight, gradient = item.parameter, item.gradient
-        is_small = weight.numel() < SMALL
-        alike = weight.shape, weight.stride(), gradient.stride(), gradient.dtype, item.numbers
-        kept.setdefault(item.ordinal if is_small else alike, item)
-    return list(kept.values())
+def _few_of_blocks() -> Callable[[int, int], Iterator[slice]]:
+    """Return ``blocks`` without those that are like the second; on other threads, all of them.
+
+    The second is not like the first: it begins while names still stand for what the first made.
+    """
+    thread = threading.get_ident()
+
+    def few(count: int, size: int) -> Iterator[slice]:
+        for block in blocks(count, size):
+            is_alike = block.start > size and block.stop < count
+            if not is_alike or threading.get_ident() != thread:
+                yield block
+
+    return few

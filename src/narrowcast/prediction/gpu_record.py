@@ -25,7 +25,6 @@ from narrowcast.memory.measure import MemoryLedger
 from narrowcast.memory.storages import Holding, Role, tensors_in
 from narrowcast.prediction.allocator import AllocatorPeaks, Replay
 from narrowcast.prediction.gpus import Gpu
-from narrowcast.prediction.sight import leave_out
 from narrowcast.prediction.trace import WholeTrace
 from narrowcast.profiling import Bench
 from narrowcast.records.memory import MemoryRecord
@@ -48,7 +47,7 @@ def on_gpu(trace: WholeTrace, bench: Bench, gpu: Gpu) -> tuple[MemoryRecord, Mem
     ledger = trace.ledger
     on_host = _on_host(ledger, bench.optimizer)
     events = _events(trace, bench, on_host)
-    leave_out(ledger, on_host | trace.beside)
+    ledger.leave_out(on_host | trace.beside)
     peaks = _replayed(*events)
     margin = _margin(peaks.reserved_bytes, bench.model)
     record = replace(

@@ -38,7 +38,8 @@ from narrowcast.errors import NarrowcastError, RecipeError
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.memory.storages import Holding
 from narrowcast.prediction.fakes import modules_of_fakes, work_that_differs
-from narrowcast.prediction.sight import leave_out, taken_beside
+from narrowcast.prediction.recall import Recall
+from narrowcast.prediction.sight import taken_beside
 from narrowcast.profiling import Bench
 from narrowcast.user_code import user_traceback
 
@@ -66,7 +67,7 @@ class Stage:
         above: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._answers = _Answers()
+        self._answers = _Answers(Recall(self._mode))
         self._kernels = kernels
         self._above = above
         self._entered: list[ExitStack] = []
@@ -76,11 +77,9 @@ class Stage:
         """Return the context in which reading a value is answered; reusable."""
         return self._answers.open
 
-    @contextmanager
-    def above(self) -> Iterator[Any]:
-        """Enter what belongs above a ledger, and return the kernels among it."""
-        with self._above() as kernels, _Unseen():  # type: ignore[no-untyped-call]
-            yield kernels
+    def above(self) -> AbstractContextManager[Any]:
+        """Return what belongs above a ledger; entered, the kernels among it, if any."""
+        return self._above()
 
     @contextmanager
     def watching(self, ledger: MemoryLedger) -> Iterator[None]:
@@ -88,7 +87,7 @@ class Stage:
         with ledger, self.above() as kernels:
             beside = taken_beside(kernels, ledger)
             yield
-        leave_out(ledger, beside)
+        ledger.leave_out(beside)
 
     def fake(self, nest: Any) -> Any:
         """Return a nest of tensors without their contents; fake ones stay as they are."""
@@ -120,15 +119,18 @@ class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     One half is neither 0 nor 1, from which optimizers take the distance to divide by.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recall: Recall) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.open = _Open()
+        self._recall = recall
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].device
         if func is _READ and self.open.depth and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return dtype is torch.bool or (0.5 if dtype.is_floating_point else 1)
-        return func(*args, **(kwargs or {}))
+        return self._recall.call(func, args, kwargs or {})
 
 
 class _Open:
@@ -141,15 +143,6 @@ class _Open:
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
-
-
-class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Above a ledger: answers a fake tensor's questions for its device, which are no operations."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE:
-            return args[0].fake_device
-        return func(*args, **(kwargs or {}))
 
 
 def trace_steps(bench: Bench, stage: Stage, *, steps: int = 2) -> MemoryLedger:
@@ -177,9 +170,9 @@ def trace_from_start(bench: Bench, stage: Stage, *, steps: int = 2) -> WholeTrac
             entry = len(ledger.events())
             ledger.inputs(bench.batch)
             _take(bench, steps - 1)
-            last, moment = len(ledger.events()), len(ledger._watch.moments)
+            last = len(ledger.events())
+            ledger.begin_here()
             _take(bench, 1)
-    del ledger._watch.moments[:moment]
     return WholeTrace(ledger=ledger, entry=entry, last_step=last, beside=beside)
 
 
