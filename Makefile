@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OUT    ?= benchmarks/results
+COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
 FAST   := not slow and not gpu and not browser
 
-.PHONY: demo test check gpu bench format clean
+.PHONY: demo test check gpu results bench format clean
 
 # The same training in three precisions, on real data: some 2 minutes. Done twice, it is reused.
 demo: $(VENV)/.runtime
@@ -23,10 +25,13 @@ check: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "$(FAST)" tests/arch tests/unit
 
 # Runs on a machine with a GPU as it stands: no virtual environment, no installation, no network.
+# Under ten minutes; a lent machine says in OUT where records have to go to come back.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu -q
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
-	PYTHONPATH=src $(PYTHON) benchmarks/optimizer_step.py --device cuda
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --output $(OUT) --commit "$(COMMIT)"
+
+# docs/results.md and its charts, from the records alone.
+results:
+	PYTHONPATH=src $(PYTHON) benchmarks/render_results.py
 
 bench: $(VENV)/.peers
 	$(PIP) -e '.[bench]'

@@ -1,223 +1,211 @@
-"""What mixed precision buys on a GPU: speed and memory of our engine beside the hand-written loop.
+"""The proof on a GPU, in one command and under ten minutes: tests, speed, memory, prediction, loss.
 
-Every workload is trained in fp32, tf32, bf16 and fp16, by the loop that everybody copies and by
-`narrowcast.Engine`, in interleaved blocks of one run, so that clocks and heat affect both alike.
-Peaks are those of CUDA's caching allocator over steady steps. Results go to
-benchmarks/results/gpu.json with machine, versions, commit and date.
+    make gpu                                     # on a machine with a CUDA device
+    python benchmarks/gpu.py --parts training --minutes 4
+    python benchmarks/gpu.py --rehearse          # the same code on tiny models and the CPU
 
-    python benchmarks/gpu.py                 # on a machine with a CUDA device
-    python benchmarks/gpu.py --rehearse      # the same code on tiny models and the CPU, no figures
+Nothing is installed or fetched: each part says which packages it needs, and is left out by name
+where one cannot be imported. Parts run in processes of their own, those that matter most first,
+each within its share of what time is left; they write benchmarks/results/gpu-<part>.json row by row,
+so that a run that is cut loses little. A process that dies is started again without what killed it.
+A rehearsal writes elsewhere: its figures mean nothing, and its records say so.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
+import importlib
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-from provenance import provenance, write_results
-
-from narrowcast import Engine, policy_named
-from narrowcast.precision.cast import numeric_settings
-from narrowcast.recipes.load import load_recipe
-
-Step = Callable[[], None]
-LossOf = Callable[[nn.Module], Tensor]
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HERE = Path(__file__).resolve().parent
+MINUTES = 9.0
+_CORE = ("torch", "numpy")
+_RESTARTS = 2
+_GPU_LOST = 75
+"""Exit code of a process that lost its CUDA context (EX_TEMPFAIL: worth another try)."""
+# A process that loads torch and CUDA needs this much before it can do anything.
+_LEAST_S = 12.0
+# Rows are on the disk by then; what still runs is ended.
+_GRACE_S = 8.0
 
 
-def gpt2(device: str, *, small: bool) -> tuple[nn.Module, LossOf, str]:
-    """Build GPT-2 124M at 8 x 1024 tokens (small: the tiny recipe)."""
-    overrides = ["size=tiny"] if small else ["size=gpt2", "batch_size=8"]
-    label = "austen tiny, 16 x 64" if small else "austen gpt2, 8 x 1024"
-    recipe = load_recipe("austen", overrides)
-    train, _ = recipe.load_data()
-    samples = [train[i] for i in range(recipe.batch_size)]
-    batch = [torch.stack(column).to(device) for column in zip(*samples, strict=True)]
-    return recipe.build_model(), lambda m: recipe.compute_loss(m, batch), label
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One process: which module of ``gpu_parts`` it runs, and its share of the whole time."""
+
+    module: str
+    weight: float
+    workload: str = ""
+    needs: tuple[str, ...] = _CORE
+
+    @property
+    def name(self) -> str:
+        return f"{self.module} {self.workload}".strip()
 
 
-def resnet50(device: str, *, small: bool) -> tuple[nn.Module, LossOf, str]:
-    """Build ResNet-50 at 128 images of 224 pixels in channels_last (small: a narrow CNN)."""
-    if small:
-        layers = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1)
-        model: nn.Module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 10))
-        count, pixels, classes = 2, 16, 10
-        label = "one convolution, 2 x 16 px"
-    else:
-        import torchvision
-
-        model, count, pixels, classes = torchvision.models.resnet50(), 128, 224, 1000
-        label = "torchvision resnet50, 128 x 224 px"
-    model = model.to(memory_format=torch.channels_last)
-    x = torch.randn(count, 3, pixels, pixels, device=device).to(memory_format=torch.channels_last)
-    y = torch.randint(0, classes, (count,), device=device)
-    return model, lambda m: F.cross_entropy(m(x), y), label
-
-
-def vit_base(device: str, *, small: bool) -> tuple[nn.Module, LossOf, str]:
-    """Build ViT-B/16 at 64 images of 224 pixels (small: one encoder layer)."""
-    if small:
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        x = torch.randn(2, 8, 16, device=device)
-        return layer, lambda m: m(x).square().mean(), "one encoder layer"
-    import timm
-
-    x = torch.randn(64, 3, 224, 224, device=device)
-    y = torch.randint(0, 1000, (64,), device=device)
-    model = timm.create_model("vit_base_patch16_224")
-    return model, lambda m: F.cross_entropy(m(x), y), "timm vit_base_patch16_224, 64 x 224 px"
-
-
-WORKLOADS = {"gpt2": gpt2, "resnet50": resnet50, "vit_base": vit_base}
-
-
-def hand_step(model: nn.Module, loss_of: LossOf, precision: str, device: str) -> Step:
-    """Write the torch.amp loop out, with the TF32 flags that the precision asks for."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-    dtype = AUTOCAST.get(precision)
-
-    def step() -> None:
-        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-            loss = loss_of(model)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def engine_step(model: nn.Module, loss_of: LossOf, precision: str, device: str) -> Step:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    engine = Engine(model, optimizer, precision, device=device)
-
-    def step() -> None:
-        with engine.forward():
-            loss = loss_of(model)
-        engine.backward(loss)
-        engine.step()
-
-    return step
-
-
-LOOPS = {"torch.amp": hand_step, "narrowcast": engine_step}
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def block(step: Step, steps: int, device: str) -> float:
-    """Return seconds per step over a block of steps."""
-    synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - begin) / steps
-
-
-def peak_of(step: Step, device: str) -> dict[str, int]:
-    """Return the allocator's peaks over two steady steps; nothing on a CPU."""
-    if device != "cuda":
-        return {}
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    step()
-    torch.cuda.synchronize()
-    stats = torch.cuda.memory_stats()
-    return {
-        f"{kind}_bytes": stats[f"{kind}_bytes.all.peak"]
-        for kind in ("requested", "allocated", "reserved")
-    }
-
-
-def measure(
-    name: str, precision: str, *, device: str, blocks: int, steps: int
-) -> list[dict[str, Any]]:
-    """Time both loops in alternating blocks; each has the GPU to itself when its peak is read."""
-    timings: dict[str, list[float]] = {loop: [] for loop in LOOPS}
-    memory: dict[str, dict[str, int]] = {}
-    label = ""
-    with numeric_settings(policy_named(precision)):
-        for loop, build in LOOPS.items():
-            torch.manual_seed(0)
-            model, loss_of, label = WORKLOADS[name](device, small=device == "cpu")
-            step = build(model.to(device).train(), loss_of, precision, device)
-            for _ in range(3):
-                step()
-            memory[loop] = peak_of(step, device)
-            del model, loss_of, step
-            gc.collect()
-        runners: dict[str, Step] = {}
-        for loop, build in LOOPS.items():
-            torch.manual_seed(0)
-            model, loss_of, label = WORKLOADS[name](device, small=device == "cpu")
-            runners[loop] = build(model.to(device).train(), loss_of, precision, device)
-            block(runners[loop], 2, device)
-        for _ in range(blocks):
-            for loop, runner in runners.items():
-                timings[loop].append(block(runner, steps, device))
-    return [
-        {"workload": label, "precision": precision, "loop": loop, "blocks": blocks,
-         "steps_per_block": steps, "step_seconds_median": statistics.median(seconds),
-         "step_seconds_min": min(seconds), "step_seconds_max": max(seconds), **memory[loop]}
-        for loop, seconds in timings.items()
-    ]  # fmt: skip
+_TRAINS = (*_CORE, "triton")
+PARTS = (
+    Part(module="testing", weight=110, needs=(*_TRAINS, "pytest", "pytest_timeout")),
+    Part(module="training", workload="gpt2-124m", weight=90, needs=_TRAINS),
+    Part(module="optimizer", weight=45, needs=_TRAINS),
+    Part(module="prediction", weight=90, needs=_TRAINS),
+    Part(module="convergence", weight=75, needs=(*_TRAINS, "safetensors", "scipy")),
+    Part(module="training", workload="resnet50", weight=45, needs=_TRAINS),
+    Part(module="traces", weight=20, needs=_TRAINS),
+    Part(module="training", workload="vit-b16", weight=40, needs=_TRAINS),
+    Part(module="training", workload="gpt2-350m", weight=60, needs=_TRAINS),
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--rehearse", action="store_true", help="tiny models on the CPU, no results"
+    asked = arguments()
+    if asked.part:
+        sys.exit(run_part(asked))
+    sys.exit(run_all(asked))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="end within this time")
+    parser.add_argument("--parts", help=f"of {', '.join(dict.fromkeys(p.module for p in PARTS))}")
+    parser.add_argument("--workloads", default="", help="to train, such as gpt2-124m,resnet50")
+    parser.add_argument("--rehearse", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--output", type=Path, help="where records go (benchmarks/results)")
+    parser.add_argument("--commit", default="", help="of the tree, where git cannot tell")
+    for hidden in ("--part", "--workload", "--run"):
+        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def missing(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the packages that cannot be imported, and why."""
+    found = {}
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    return found
+
+
+def run_all(asked: argparse.Namespace) -> int:
+    began = time.time()
+    chosen = chosen_parts(asked.parts, asked.workloads)
+    needs = tuple(dict.fromkeys(name for part in chosen for name in part.needs))
+    absent = missing(needs)
+    if any(name in absent for name in _CORE):
+        print(f"error: nothing runs without {', '.join(_CORE)}: {absent}", file=sys.stderr)
+        return 3
+    import torch
+
+    if not asked.rehearse and not torch.cuda.is_available():
+        print("error: no CUDA device here", file=sys.stderr)
+        print("hint: --rehearse runs the same code on tiny models and the CPU", file=sys.stderr)
+        return 3
+    asked.run = datetime.now(UTC).isoformat(timespec="seconds")
+    if asked.output is None:
+        asked.output = Path(tempfile.mkdtemp()) if asked.rehearse else HERE / "results"
+    asked.output.mkdir(parents=True, exist_ok=True)
+    until = began + 60 * asked.minutes
+    done: list[dict[str, Any]] = []
+    for number, part in enumerate(chosen):
+        lacking = {name: absent[name] for name in part.needs if name in absent}
+        if lacking:
+            outcome = {"outcome": "left out", "why": f"cannot import {lacking}"}
+        else:
+            share = part.weight / sum(p.weight for p in chosen[number:])
+            outcome = process(part, asked, time.time() + share * (until - time.time()))
+        done.append({"part": part.name, **outcome})
+        print(f"{part.name}: {outcome}", flush=True)
+        summary = {"run": asked.run, "rehearsal": asked.rehearse, "minutes": asked.minutes,
+                   "absent": absent, "seconds": time.time() - began, "parts": done}  # fmt: skip
+        (asked.output / "gpu-run.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"records in {asked.output}, {time.time() - began:.0f} s")
+    return int(any(part["outcome"] == "failed" for part in done))
+
+
+def chosen_parts(names: str | None, workloads: str) -> list[Part]:
+    """Return the parts of these modules, in their own order; raises SystemExit for another name.
+
+    `workloads` are those to train, by default all.
+    """
+    wanted = names.split(",") if names else [part.module for part in PARTS]
+    unknown = set(wanted) - {part.module for part in PARTS}
+    if unknown:
+        known = ", ".join(dict.fromkeys(part.module for part in PARTS))
+        raise SystemExit(f"error: no part is called {', '.join(sorted(unknown))}\nhint: {known}")
+    trained = workloads.split(",") if workloads else [part.workload for part in PARTS]
+    return [p for p in PARTS if p.module in wanted and (not p.workload or p.workload in trained)]
+
+
+def process(part: Part, asked: argparse.Namespace, until: float) -> dict[str, Any]:
+    """Run a part in a process of its own, again if it dies, until its time is over."""
+    began = time.time()
+    command = [
+        sys.executable, str(Path(__file__)), "--part", part.module, "--workload", part.workload,
+        "--run", asked.run, "--output", str(asked.output), "--until", str(until),
+        "--commit", asked.commit, *(["--rehearse"] if asked.rehearse else []),
+    ]  # fmt: skip
+    code, tries = None, 0
+    while tries <= _RESTARTS and until - time.time() > _LEAST_S:
+        tries += 1
+        print(f"--- {part.name}, {until - time.time():.0f} s", flush=True)
+        child = subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        try:
+            code = child.wait(timeout=until + _GRACE_S - time.time())
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            return {"outcome": "cut", "seconds": time.time() - began, "tries": tries}
+        if code == 0:
+            return {"outcome": "done", "seconds": time.time() - began, "tries": tries}
+        if code > 0 and code != _GPU_LOST:
+            break
+    if not tries:
+        return {"outcome": "left out", "why": "no time was left"}
+    return {"outcome": "failed", "code": code, "seconds": time.time() - began, "tries": tries}
+
+
+def _rehearsing() -> Any:
+    """Let nothing be compiled: a peer's step would take longer to compile than all the rest."""
+    import torch
+
+    return torch.compiler.set_stance("force_eager")
+
+
+def run_part(asked: argparse.Namespace) -> int:
+    """Run one part here."""
+    from gpu_parts.clock import Clock
+    from gpu_parts.sheet import Ask, is_fatal
+
+    module = importlib.import_module(f"gpu_parts.{asked.part}")
+    ask = Ask(
+        run=asked.run,
+        output=asked.output,
+        clock=Clock(asked.until),
+        rehearse=asked.rehearse,
+        workload=asked.workload or None,
+        commit=asked.commit,
     )
-    parser.add_argument("--seconds", type=float, default=360, help="start no workload after this")
-    arguments = parser.parse_args()
-    if not arguments.rehearse and not torch.cuda.is_available():
-        sys.exit("error: no CUDA device here\nhint: --rehearse runs the same code on a CPU")
-    device = "cpu" if arguments.rehearse else "cuda"
-    precisions = (
-        ["fp32", "bf16", "fp16"] if arguments.rehearse else ["fp32", "tf32", "bf16", "fp16"]
-    )
-    begin = time.monotonic()
-    rows: list[dict[str, Any]] = []
-    for name in WORKLOADS:
-        for precision in precisions:
-            if time.monotonic() - begin > arguments.seconds:
-                rows.append({"workload": name, "precision": precision, "not_run": "out of time"})
-                continue
-            try:
-                rows += measure(
-                    name, precision, device=device, blocks=7, steps=1 if arguments.rehearse else 5
-                )
-            except (ImportError, torch.OutOfMemoryError) as error:
-                rows.append(
-                    {"workload": name, "precision": precision, "not_run": repr(error)[:300]}
-                )
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    for row in rows:
-        print(row)
-    if not arguments.rehearse:
-        write_results("gpu", rows)
-    else:
-        print("rehearsed on", provenance()["device_name"], "- no figures written")
+    try:
+        with _rehearsing() if asked.rehearse else nullcontext():
+            module.run(ask)
+    except Exception as error:
+        traceback.print_exc()
+        return _GPU_LOST if is_fatal(error) else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ bf16 number are held as that number.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,6 @@ from torch import Tensor
 __all__ = ["INT4_SIGNED", "INT4_UNSIGNED", "INT8_SIGNED", "INT8_UNSIGNED", "BlockCode"]
 
 _BF16_MAX_BITS = 0x7F7F0000
-_INFINITY_BITS = 0x7F800000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,54 +84,64 @@ class BlockCode:
 
         `noise` holds an integer in [0, 65535] for each element; without it, rounds to nearest.
         """
-        padded = _pad(x, self.block)
-        by_block = padded.view(-1, self.block)
-        largest = by_block.amax(1)
         if self.signed:
-            largest = torch.maximum(largest, -by_block.amin(1))
-        scale = _up_to_bf16(largest)
+            ratio = _pad(x.abs(), self.block).view(-1, self.block)
+            scale = _up_to_bf16(_largest(ratio))
+            ratio.div_(scale.unsqueeze(1))
+        else:
+            padded = _pad(x, self.block).view(-1, self.block)
+            scale = _up_to_bf16(padded.amax(1))
+            ratio = padded.div(scale.unsqueeze(1))
         scales.copy_(scale)  # exact: the lower half of the pattern is zero
-        # A block of zeros has scale zero, and zero divided by one is the same zero.
-        ratio = by_block.div(scale.masked_fill_(scale == 0, 1.0).unsqueeze(1))
-        self._pack(self._rounded(ratio.view(-1)[: x.numel()], noise), codes)
+        # In units in which the grid points are the squares (fourth powers) of integers. A block of
+        # zeros gives 0 / 0, and one that is not finite NaN and zeros: code 0 for all of them.
+        target = ratio.mul_(self.top ** (2 if self.signed else 4)).nan_to_num_(0.0, 0.0, 0.0)
+        rounded = self._rounded(target.view(-1)[: x.numel()], noise)
+        self._pack(rounded.copysign_(x) if self.signed else rounded, codes)
 
-    def _rounded(self, ratio: Tensor, noise: Tensor | None) -> Tensor:
-        """Return the codes of numbers relative to their scale, as fp32 integers."""
-        top = self.top
-        magnitude = ratio.abs() if self.signed else ratio
-        # In units in which the grid points are the squares (fourth powers) of integers.
-        target = (magnitude * float(top**2 if self.signed else top**4)).nan_to_num_(0.0, 0.0, 0.0)
-        least = target.clamp(max=1.0).ceil_()  # 1 for what is above zero
+    def _rounded(self, target: Tensor, noise: Tensor | None) -> Tensor:
+        """Return codes and a half, which packing cuts off, for numbers in units of the grid.
+
+        Works in place: a new tensor costs as much as two operations on one that is at hand.
+        """
         low = target.sqrt()
-        low = (low if self.signed else low.sqrt_()).floor_().clamp_(max=top - 1)
-        square = low * low
-        twice = low.mul(2.0).add_(1.0)  # (low + 1)^2 - low^2
-        if self.signed:
-            fraction = target.sub_(square).div_(twice)
-        else:  # (low + 1)^4 - low^4 = ((low + 1)^2 - low^2) ((low + 1)^2 + low^2)
-            gap = twice.mul_((square * 2.0).add_(low * 2.0).add_(1.0))
-            fraction = target.sub_(square.mul_(square)).div_(gap)
-        threshold = 0.5 if noise is None else noise.to(torch.float32).add_(0.5).mul_(2.0**-16)
-        # Up by one where the fraction is above the threshold; comparisons would be slower.
-        low.add_(fraction.sub_(threshold).ceil_().clamp_(0.0, 1.0))
-        return low.copysign_(ratio) if self.signed else torch.maximum(low, least, out=low)
+        low = (low if self.signed else low.sqrt_()).floor_().clamp_(max=self.top - 1)
+        if self.signed:  # (low + 1)^2 - low^2 = 2 (low + 1/2)
+            width, least = 2.0, None
+            place = target.addcmul_(low, low, value=-1.0).div_(low.add_(0.5))
+        else:  # (low + 1)^4 - low^4 = 4 (low + 1/2) ((low + 1/2)^2 + 1/4)
+            width, least = 4.0, target.sign()  # 1 for what is above zero
+            square = low * low
+            place = target.sub_(square.mul_(square))
+            low.add_(0.5)
+            place.div_(torch.mul(low, low, out=square).add_(0.25).mul_(low))
+        # `place` runs from 0 at the lower grid point to `width` at the upper one. All products with
+        # powers of two are exact, and so is the difference wherever it is near to the bound.
+        if noise is not None:
+            place.sub_(noise, alpha=width * 2.0**-16)
+        bound = 0.5 * width * (1.0 if noise is None else 2.0**-16)
+        low.add_(place.gt_(bound))  # in place, a comparison gives 0.0 and 1.0
+        return low if least is None else torch.maximum(low, least, out=low)
 
     def _unpack(self, codes: Tensor, numel: int) -> Tensor:
         if self.bits == 8:
             return (codes.view(torch.int8) if self.signed else codes).to(torch.float32)
-        # The element of even index is in the lower half of the byte.
-        pair = torch.stack((codes & 15, codes >> 4), dim=1).view(-1)[:numel]
+        # The element of even index is in the lower half of the byte, and comes first in memory.
+        pair = codes.to(torch.int16)
+        pair = pair.bitwise_or_(pair << 4).bitwise_and_(0x0F0F).view(torch.int8)[:numel]
         if self.signed:  # four bits in two's complement: 8 to 15 stand for -8 to -1
-            return pair.view(torch.int8).bitwise_xor(8).sub_(8).to(torch.float32)
+            pair.bitwise_xor_(8).sub_(8)
         return pair.to(torch.float32)
 
     def _pack(self, rounded: Tensor, codes: Tensor) -> None:
         if self.bits == 8:
-            (codes.view(torch.int8) if self.signed else codes).copy_(rounded)
+            if self.signed:
+                codes.view(torch.int8).copy_(rounded)
+            else:  # by way of int16: from fp32 to uint8 directly takes three times as long
+                codes.copy_(rounded.to(torch.int16))
             return
-        narrow = rounded.to(torch.int8).bitwise_and_(15).view(torch.uint8)
-        pairs = _pad(narrow, 2).view(-1, 2)
-        torch.bitwise_or(pairs[:, 0], pairs[:, 1] << 4, out=codes)
+        pair = _pad(rounded.to(torch.int8).bitwise_and_(15), 2).view(torch.int16)
+        codes.copy_(pair.bitwise_or(pair >> 4))  # keeps the lower byte
 
 
 def _pad(flat: Tensor, block: int) -> Tensor:
@@ -140,13 +150,17 @@ def _pad(flat: Tensor, block: int) -> Tensor:
     return F.pad(flat, (0, missing)) if missing else flat
 
 
+def _largest(magnitudes: Tensor) -> Tensor:
+    """Return the largest of each row; as integers, which order magnitudes alike, NaN above all."""
+    return magnitudes.view(torch.int32).amax(1).view(torch.float32)
+
+
 def _up_to_bf16(largest: Tensor) -> Tensor:
     """Round magnitudes up to the next bf16 number, as fp32; finite ones stay finite."""
-    bits = largest.view(torch.int32)
-    up = bits.add(0xFFFF).bitwise_and_(~0xFFFF)
-    up = torch.where(bits < _INFINITY_BITS, up.clamp_(max=_BF16_MAX_BITS), _INFINITY_BITS)
-    rounded = up.view(torch.float32)
-    return torch.where(largest.isnan(), largest.new_tensor(float("nan")), rounded)
+    bits = largest.nan_to_num(math.nan, math.inf, -math.inf).view(torch.int32)  # one kind of NaN
+    up = bits.add(0xFFFF).bitwise_and_(~0xFFFF).clamp_(max=_BF16_MAX_BITS)
+    # What is not finite, and nothing else, is above the largest number after rounding down.
+    return torch.maximum(up, bits.bitwise_and(~0xFFFF)).view(torch.float32)
 
 
 INT8_SIGNED = BlockCode(bits=8, signed=True, block=32)

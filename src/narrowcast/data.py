@@ -62,12 +62,24 @@ class BatchStream:
     """
 
     def __init__(
-        self, dataset: MapDataset, batch_size: int, *, seed: int, collate: Collate | None = None
+        self,
+        dataset: MapDataset,
+        batch_size: int,
+        *,
+        seed: int,
+        collate: Collate | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        """Serve all of each batch, or of `share` = (rank, ranks) the rank's equal part of it.
+
+        Order, position and hash are those of whole batches. Raises UsageError if the ranks do not
+        divide a batch.
+        """
         _check(dataset, batch_size)
         self.seed = seed
         self.length = len(dataset)
         self.batch_size = min(batch_size, self.length)
+        self._share = _part_of(self.batch_size, *share)
         self.epoch = 0
         self.position = 0
         """Samples of this epoch that were served."""
@@ -96,11 +108,12 @@ class BatchStream:
             self.epoch, self.position = self.epoch + 1, 0
             self._order = epoch_order(self.length, self.seed, self.epoch)
         ids = self._order[self.position : self.position + self.batch_size]
-        batch = self._read(ids)
+        own = ids[self._share]
+        batch = self._read(own)
         self.position += len(ids)
         served = self._chain.encode() + ids.astype("<i8").tobytes()
         self._chain = hashlib.sha256(served).hexdigest()
-        return torch.from_numpy(ids), batch
+        return torch.from_numpy(own), batch
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: integers and one string."""
@@ -131,15 +144,20 @@ class BatchStream:
 
 
 def evaluation_batches(
-    dataset: MapDataset, batch_size: int, collate: Collate | None = None
+    dataset: MapDataset,
+    batch_size: int,
+    collate: Collate | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Any]]:
     """Go once through a dataset in its own order; the last batch may be smaller.
 
-    Yields ``(ids, batch)`` as ``BatchStream`` does.
+    Yields ``(ids, batch)`` as ``BatchStream`` does; of `share` = (rank, ranks) every `ranks`-th
+    batch, from number `rank` on.
     """
     _check(dataset, batch_size)
     read = _reader(dataset, collate)
-    for start in range(0, len(dataset), batch_size):
+    rank, ranks = share
+    for start in range(rank * batch_size, len(dataset), ranks * batch_size):
         ids = np.arange(start, min(start + batch_size, len(dataset)), dtype=np.int64)
         yield torch.from_numpy(ids), read(ids)
 
@@ -243,6 +261,18 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, (list, tuple)):
         for item in batch:
             yield from _tensors(item)
+
+
+def _part_of(size: int, rank: int, ranks: int) -> slice:
+    """Return which of a batch's samples are a rank's."""
+    if size % ranks:
+        raise UsageError(
+            f"a batch of {size} samples cannot be shared equally by {ranks} ranks",
+            hint=f"choose a batch size that {ranks} divides (--set batch_size=...), or another "
+            "number of ranks",
+        )
+    width = size // ranks
+    return slice(rank * width, (rank + 1) * width)
 
 
 def _check(dataset: MapDataset, batch_size: int) -> None:

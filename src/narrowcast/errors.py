@@ -11,7 +11,8 @@ The command line prints ``error: <message>`` and ``hint: <hint>`` and exits with
     |-- PrecisionError        exit 5   the numbers broke: NaN, inf, too many skips
     |-- RunDirectoryError     exit 6   it holds another run, or cannot be written
     |-- CheckpointError       exit 7   truncated, tampered, or of another run
-    `-- ProtocolError         exit 8   a protocol was edited after it was written
+    |-- ProtocolError         exit 8   a protocol was edited after it was written
+    `-- ParallelError         exit 9   a rank is missing, was lost, or went another way
 
 Ctrl-C ends with exit code 130, after the state has been saved.
 """
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "NarrowcastError",
+    "ParallelError",
     "PrecisionError",
     "ProtocolError",
     "RecipeError",
@@ -107,3 +109,9 @@ class ProtocolError(NarrowcastError):
     """A comparison's protocol was changed after it was written down."""
 
     exit_code = 8
+
+
+class ParallelError(NarrowcastError):
+    """A rank of a parallel training is missing, was lost, or no longer does what the others do."""
+
+    exit_code = 9

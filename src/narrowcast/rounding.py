@@ -18,6 +18,7 @@ in whatever order, chunks and device a step is carried out.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -89,9 +90,9 @@ _FAKE_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, Tensor]] = (
 """Tables of fake tensors, which must not outlive their mode nor meet real ones."""
 
 
-def _table(device: torch.device) -> Tensor:
-    """Return the first round's table on a device, made once and held: 256 KiB."""
-    mode = getattr(torch.empty(0, device=device), "fake_mode", None)
+def _table_for(tensor: Tensor) -> Tensor:
+    """Return the first round's table on a tensor's device, made once and held: 256 KiB."""
+    device, mode = tensor.device, getattr(tensor, "fake_mode", None)
     tables = _TABLES if mode is None else _FAKE_TABLES.setdefault(mode, {})
     if device not in tables:
         tables[device] = _first_round(device)
@@ -116,8 +117,8 @@ def noise16(key: int, start: int, count: int, device: torch.device) -> Tensor:
     Over random keys each element's number is exactly uniform: key xor constant is uniform, and
     multiplication by an odd number permutes the words.
     """
-    table = _table(device)
     out = torch.empty(count, dtype=torch.int32, device=device)
+    table = _table_for(out)
     done = 0
     while done < count:
         tile, first = divmod(start + done, NOISE_TILE)
@@ -133,7 +134,8 @@ def noise16(key: int, start: int, count: int, device: torch.device) -> Tensor:
 def _bits(x: Tensor) -> Tensor:
     """Return a copy of the patterns, every NaN replaced by the quiet one: int32."""
     assert x.dtype is torch.float32, x.dtype
-    return x.view(torch.int32).masked_fill(x != x, QUIET_NAN)
+    # Python's NaN is QUIET_NAN in fp32. A mask would take ten times as long.
+    return x.nan_to_num(math.nan, math.inf, -math.inf).view(torch.int32)
 
 
 def split16(x: Tensor, weight: Tensor, remainder: Tensor, noise: Tensor | None = None) -> None:
@@ -143,15 +145,14 @@ def split16(x: Tensor, weight: Tensor, remainder: Tensor, noise: Tensor | None =
     """
     del noise
     bits = _bits(x)
-    upper = (bits + 0x8000).bitwise_right_shift_(16)
-    weight.view(torch.int16).copy_(upper)
-    remainder.copy_(bits.sub_(upper.bitwise_left_shift_(16)))
+    # What is left after rounding to nearest is the lower half, read as a signed number.
+    remainder.copy_(bits)
+    weight.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
 
 def join16(weight: Tensor, remainder: Tensor) -> Tensor:
     """Return the fp32 number that `split16` took apart, bit for bit."""
-    upper = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-    return upper.add_(remainder).view(torch.float32)
+    return weight.to(torch.float32).view(torch.int32).add_(remainder).view(torch.float32)
 
 
 def split8(x: Tensor, weight: Tensor, remainder: Tensor, noise: Tensor | None = None) -> None:
@@ -165,9 +166,8 @@ def split8(x: Tensor, weight: Tensor, remainder: Tensor, noise: Tensor | None = 
     else:
         bits.add_(noise >> 8)
     bits.bitwise_right_shift_(8)
-    upper = (bits + 0x80).bitwise_right_shift_(8)
-    weight.view(torch.int16).copy_(upper)
-    remainder.copy_(bits.sub_(upper.bitwise_left_shift_(8)))
+    remainder.copy_(bits)  # the lowest byte, as in `split16`
+    weight.view(torch.int16).copy_(bits.add_(0x80).bitwise_right_shift_(8))
 
 
 def join8(weight: Tensor, remainder: Tensor) -> Tensor:

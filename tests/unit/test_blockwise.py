@@ -171,6 +171,34 @@ def test_small_second_moments_never_become_zero() -> None:
         assert found[1] == 0
 
 
+@pytest.mark.parametrize(
+    ("signed", "unsigned"),
+    [(INT8_SIGNED, INT8_UNSIGNED), (INT4_SIGNED, INT4_UNSIGNED)],
+    ids=["int8", "int4"],
+)
+def test_a_first_moment_over_the_root_of_a_second_stays_bounded(
+    signed: BlockCode, unsigned: BlockCode
+) -> None:
+    """With all m rounded up and all v down: 16 times what it was, or 4.6 times that of the scales.
+
+    From code q >= 2 rounding up takes m up by less than (q / (q - 1))^2 <= 4, and rounding down
+    takes the root down by less than ((c + 1) / c)^2 <= 4. Below, m is at most one smallest step.
+    """
+    magnitudes = torch.logspace(-8, 0, 500, dtype=torch.float64).float()
+    m, root = (t.flatten() for t in torch.meshgrid(magnitudes, magnitudes, indexing="ij"))
+    v = root * root
+    m[:: signed.block] = v[:: unsigned.block] = 1.0  # every block has scale 1
+    up = torch.zeros(m.numel(), dtype=torch.int32)
+    stored = passed(signed, m, up) / passed(unsigned, v, up + 65535).sqrt()
+    least = (unsigned.top / signed.top) ** 2
+
+    assert 4.0 < least < 4.6
+    # A few roundings of fp32, in encoding and in the quotient, relative to a bound that is not met.
+    bound = torch.maximum(16 * m / v.sqrt(), torch.tensor(least))
+    assert (stored <= bound * (1 + 2.0**-20)).all()
+    assert (stored / bound).max() > 0.9
+
+
 @every_code
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-45, 3.4e38, 1.0])
 def test_extreme_blocks(code: BlockCode, value: float) -> None:

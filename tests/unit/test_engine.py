@@ -209,10 +209,10 @@ def test_a_scalar_parameter_as_loss_keeps_the_seed_intact() -> None:
 
 
 def test_the_two_example_loops_train_the_same_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    """examples/engine_loop.py is examples/plain_loop.py with an engine, bit for bit."""
-    examples = Path(__file__).parents[2] / "examples"
+    """examples/plain_loop: engine.py is torch_amp.py with an engine, bit for bit."""
+    examples = Path(__file__).parents[2] / "examples" / "plain_loop"
 
-    plain, ours = (runpy.run_path(str(examples / f"{n}_loop.py")) for n in ("plain", "engine"))
+    plain, ours = (runpy.run_path(str(examples / f"{n}.py")) for n in ("torch_amp", "engine"))
 
     assert is_equal(plain["model"], ours["model"])
     first, second = capsys.readouterr().out.splitlines()

@@ -257,6 +257,40 @@ def test_the_whole_version_of_torch_213_agrees() -> None:
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, target), expected)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_hidden_states_may_have_no_width(with_bias: bool) -> None:
+    """Then logits are the bias, or zero."""
+    hidden = torch.randn(5, 0, requires_grad=True)
+    weight = torch.randn(7, 0, requires_grad=True)
+    bias = torch.randn(7, requires_grad=True) if with_bias else None
+    target = torch.randint(0, 7, (5,))
+    found = linear_cross_entropy(hidden, weight, target, bias=bias)
+    found.backward()
+
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), target)
+    torch.testing.assert_close(found, expected)
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (5, 0)
+    if bias is not None:
+        (wanted,) = torch.autograd.grad(expected, bias)
+        torch.testing.assert_close(bias.grad, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.bool, FP32])
+def test_targets_that_are_no_integers_are_refused(dtype: torch.dtype) -> None:
+    """Whatever the width of a complex number."""
+    hidden, weight, target = problem()
+    with pytest.raises(UsageError, match="probabilities cannot be chunked"):
+        linear_cross_entropy(hidden, weight, target.clamp(max=1).to(dtype))
+
+
+def test_transforms_of_torch_func_are_refused_by_name() -> None:
+    """They need functions that they can differentiate themselves."""
+    hidden, weight, target = problem()
+    with pytest.raises(UsageError, match=r"transform of torch\.func"):
+        torch.func.grad(lambda h: linear_cross_entropy(h, weight, target))(hidden.detach())
+
+
 def test_a_weight_changed_between_forward_and_backward_is_noticed() -> None:
     """Logits are computed again in backward: autograd refuses another weight."""
     hidden, weight, target = problem()

@@ -142,6 +142,22 @@ def test_split_weights_become_fp32_weights_exactly() -> None:
         optimizer.load_state_dict(source.state_dict())
 
 
+def test_the_way_back_to_torch_leads_through_fp32_stores() -> None:
+    """Narrow states into ours in fp32, whose state dict torch's optimizer goes on from exactly."""
+    narrow, source = trained("split16", "int8")
+    owned = [nn.Parameter(p.detach().float()) for p in source]
+    back = AdamW(owned, lr=1e-2, weight_decay=0.1)
+    back.load_state_dict(narrow.state_dict())
+    twins = [nn.Parameter(p.detach().clone()) for p in owned]
+    theirs = torch.optim.AdamW(twins, lr=1e-2, weight_decay=0.1, foreach=False)
+    theirs.load_state_dict(copy.deepcopy(back.state_dict()))
+
+    assert all(torch.equal(p, narrow.master(q)) for p, q in zip(owned, source, strict=True))
+    train(back, owned, range(3, 6))
+    train(theirs, twins, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(owned, twins, strict=True))
+
+
 def test_remainders_stay_where_the_state_has_none() -> None:
     """fp32 weights come with the model: narrowing keeps their low bits, and loading does too."""
     source, owned = trained("fp32", "fp32")

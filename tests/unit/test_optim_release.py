@@ -132,6 +132,64 @@ def test_what_is_not_released_steps_with_the_optimizer() -> None:
     assert not torch.equal(late, torch.ones(3))
 
 
+def test_what_is_thawed_or_added_later_is_released_from_then_on() -> None:
+    """Its first gradient is stepped at the end and dropped, so that none is added to the next."""
+    kept, released = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)) for _ in range(2))
+    released.load_state_dict(kept.state_dict())
+    optimizers = []
+    for model in (kept, released):
+        model[0].requires_grad_(False)
+        optimizers.append(AdamW(model.parameters(), lr=0.1, weight_decay=0.0))
+    release = GradientRelease(optimizers[1])
+    late = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for model, optimizer, added in zip((kept, released), optimizers, late, strict=True):
+        model[0].requires_grad_(True)
+        optimizer.add_param_group({"params": [added]})
+    for step in range(4):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        for model, optimizer, added in zip((kept, released), optimizers, late, strict=True):
+            model(x * added).sum().backward()
+            if model is released:
+                assert len(release.arrived) == (5 if step else 2)
+                assert (added.grad is None) is (step > 0)
+            optimizer.step()
+            if model is kept:
+                optimizer.zero_grad()
+
+    assert all(p.grad is None for p in (*released.parameters(), late[1]))
+    assert same_bits(held(optimizers[0]), held(optimizers[1]))
+
+
+def test_a_broken_gradient_that_was_not_released_is_not_stepped_either() -> None:
+    """Nor kept: the next gradient would be added to it."""
+    model = nn.Linear(3, 3)
+    model.bias.requires_grad_(False)
+    optimizer = AdamW(model.parameters())
+    release = GradientRelease(optimizer)
+    model.bias.requires_grad_(True)
+    before = model.bias.detach().clone()
+    (model.weight.sum() + float("nan") * model.bias.sum()).backward()
+    optimizer.step()
+
+    assert release.skipped == (model.bias,)
+    assert torch.equal(model.bias, before)
+    assert model.bias.grad is None
+
+
+def test_an_iteration_that_is_given_up_leaves_no_gradient() -> None:
+    """Not of parameters that were not released either."""
+    model = nn.Linear(3, 3)
+    model.bias.requires_grad_(False)
+    optimizer = AdamW(model.parameters())
+    release = GradientRelease(optimizer)
+    model.bias.requires_grad_(True)
+    model(torch.randn(1, 3)).sum().backward()
+    release.end()
+
+    assert release.arrived == ()
+    assert model.bias.grad is None
+
+
 def test_step_hooks_are_called_once_an_iteration() -> None:
     """Not once a parameter."""
     model = nn.Linear(3, 3)

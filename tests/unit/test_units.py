@@ -18,6 +18,7 @@ from narrowcast.units import format_bytes, format_duration, format_percent, pars
         ("80gb", 80 * 10**9),
         ("17", 17),
         (".5 KiB", 512),
+        ("17B", 17),
     ],
 )
 def test_amounts_are_read_in_both_families_of_units(text: str, size: int) -> None:
@@ -25,7 +26,7 @@ def test_amounts_are_read_in_both_families_of_units(text: str, size: int) -> Non
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "2 potatoes", "-1GiB", "1..5MiB", "2 GiB please"])
+@pytest.mark.parametrize("text", ["", "GiB", "2 potatoes", "-1GiB", "1..5MiB", "2 GiB please", "0.5B", "1.5", "1.0 b"])
 def test_nonsense_is_refused_with_examples(text: str) -> None:
     """A budget is never guessed."""
     with pytest.raises(UsageError, match="not an amount of memory"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -21,10 +21,13 @@ from narrowcast.cli.common import (
 from narrowcast.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from narrowcast.plan import Plan
+    from narrowcast.recipes.load import Recipe
     from narrowcast.records.plan import PlanRecord
 
-__all__ = ["BudgetOption", "PlanOption", "planned", "planning", "register"]
+__all__ = ["BudgetOption", "Limit", "PlanOption", "limit_of", "planned", "planning", "register"]
 
 BudgetArgument = Annotated[
     str,
@@ -42,7 +45,8 @@ PrecisionsOption = Annotated[
     typer.Option(
         "--precisions",
         "-p",
-        help="What may be chosen from, such as fp32,bf16,bf16-split; auto is all the device can.",
+        help="In which precisions may be computed, such as fp32,bf16,bf16-split; auto is all the "
+        "device can. Of a name only the computation counts: stores and levers are chosen.",
     ),
 ]
 KeepBatchOption = Annotated[
@@ -84,7 +88,8 @@ def plan(
     """Find the fastest training that fits a budget: precision, stores, checkpoints, micro-batches.
 
     Peaks are predicted, speeds are measured on the device at hand, or bounded by a roofline for one
-    that is only named. What changes the result is chosen only where it is faster.
+    that is only named. What changes the result is chosen only where it is faster; by a roofline
+    alone, stores that round only where no others fit.
     """
     from narrowcast.cli.json_target import is_record
     from narrowcast.files import require_replaceable, write_for_user
@@ -178,6 +183,62 @@ def _fitted(
         )
     _tell(record)
     return from_json(Plan, record.chosen.plan)
+
+
+class Limit(NamedTuple):
+    """What a training is to stay within, and why it might not."""
+
+    bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def limit_of(
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    file: str | Path | None,
+    budget: str | None,
+    accumulate: int,
+) -> Limit:
+    """Return the budget of a training: as given, or as the plan in a file was found for it.
+
+    A note says in what that plan was found for another training; a name has no budget.
+    """
+    from narrowcast.plan_files import read_promise
+    from narrowcast.recipes.load import option_values
+    from narrowcast.units import format_bytes, parse_bytes
+
+    differing: list[str] = []
+    if budget is not None:
+        found, size = "the plan", parse_bytes(budget)
+    else:
+        promise = read_promise(file) if isinstance(file, Path) else None
+        if promise is None:
+            return Limit()
+        found, size = str(file), promise.budget_bytes
+        differing += promise.differences(
+            recipe=recipe.name,
+            options=option_values(recipe),
+            batch_size=recipe.batch_size,
+            devices=_names_of(device),
+        )
+    if accumulate > 1:
+        differing.append(f"one batch a step, and --accumulate is {accumulate}")
+    room = format_bytes(size)
+    notes = (f"{found} was found for {each}: {room} may not be enough" for each in differing)
+    return Limit(size, tuple(notes))
+
+
+def _names_of(device: torch.device) -> set[str]:
+    """Return every name by which a plan can have meant the device at hand."""
+    from narrowcast.planning.place import place_named
+    from narrowcast.precision.device import environment
+
+    names = {device.type, environment(device).device_name}
+    try:
+        return names | {place_named(str(device)).target}
+    except UsageError:  # a GPU that nobody can have planned for by its name
+        return names
 
 
 def _tell(record: PlanRecord) -> None:

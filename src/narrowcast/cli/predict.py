@@ -30,7 +30,9 @@ BatchOption = Annotated[
 ]
 TargetOption = Annotated[
     str,
-    typer.Option("--device", help="cpu, or a GPU by name, such as h200, a100-80gb or rtx4090."),
+    typer.Option(
+        "--device", help="cpu, cuda (the GPU at hand), or one by name, such as h200 or rtx4090."
+    ),
 ]
 
 
@@ -55,9 +57,11 @@ def predict(
     Two steps are traced on tensors that have sizes and no contents. The lines are those of
     `narrowcast memory`; for a GPU also what its allocator requests, allocates and reserves.
     """
+    from narrowcast.planning.place import place_named
     from narrowcast.prediction.predict import predict_memory
     from narrowcast.report.terminal import render_terminal
 
+    device = place_named(device).target
     plan = _plan(asked(precision, policy), device, rules=autocast_rules, keep_fp32=keep_fp32 or [])
     with console().status("tracing a training step"):
         record = predict_memory(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,11 +31,14 @@ from narrowcast.cli.common import (
     console,
     emit_json,
 )
-from narrowcast.cli.plan import BudgetOption, PlanOption, limit_of, planned
+from narrowcast.cli.plan import BudgetOption, Limit, PlanOption, limit_of, planned
 from narrowcast.cli.precision import KeepOption, PolicyOption, asked, chosen_plan
+from narrowcast.cli.ranks import ParallelOption, Rank, ranks
 from narrowcast.units import format_duration
 
 if TYPE_CHECKING:
+    import torch
+
     from narrowcast.records.run import Evaluation, RunRecord, StepPoint
     from narrowcast.training.events import Event, Started
 
@@ -87,6 +90,15 @@ WatchOption = Annotated[
     ),
 ]
 
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Also write for a tracker, into the run directory: tensorboard, csv. May be repeated.",
+    ),
+]
+
 
 def train(
     recipe: RecipeArgument,
@@ -109,48 +121,83 @@ def train(
     measure: MeasureOption = True,
     watch: WatchOption = 100,
     deterministic: DeterministicOption = True,
+    parallel: ParallelOption = None,
+    track: TrackOption = None,
     json: JsonOption = None,
 ) -> None:
     """Train a recipe in one precision. Ctrl-C ends the run cleanly; --resume goes on exactly."""
-    from narrowcast.precision.device import device_at_hand
-    from narrowcast.recipes.load import load_recipe
-    from narrowcast.training import train as training
+    with ranks(parallel, budget=budget) as rank:
+        from narrowcast.precision.device import device_at_hand
+        from narrowcast.recipes.load import load_recipe
+        from narrowcast.training.train import TrainOptions
 
-    options = training.TrainOptions(
-        steps=steps,
-        seed=seed,
-        accumulate=accumulate,
-        clip_norm=clip_norm,
-        evaluate_every=evaluate_every,
-        checkpoint_every=checkpoint_every,
-        measure=measure,
-        watch=watch,
-        deterministic=deterministic,
-    )
-    place = device_at_hand(device)
-    loaded = load_recipe(recipe, overrides or ())
-    typed = _typed(precision, policy, keep_fp32, autocast_rules)
-    named = asked(precision, policy)
-    chosen = planned(
-        recipe,
-        overrides,
-        file=plan,
-        budget=budget,
+        options = TrainOptions(
+            steps=steps,
+            seed=seed,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            evaluate_every=evaluate_every,
+            checkpoint_every=checkpoint_every,
+            measure=measure,
+            watch=watch,
+            deterministic=deterministic,
+        )
+        place = device_at_hand(rank.device_name(device))
+        loaded = load_recipe(recipe, overrides or ())
+        named = asked(precision, policy)
+        chosen = planned(
+            recipe,
+            overrides,
+            file=plan,
+            budget=budget,
+            device=device,
+            release=clip_norm is None and accumulate == 1,
+            others=_typed(precision, policy, keep_fp32, autocast_rules, resume and budget),
+        ) or chosen_plan(named, place, rules=autocast_rules, keep_fp32=keep_fp32)
+        limit = limit_of(loaded, place, file=plan or named, budget=budget, accumulate=accumulate)
+        stem = f"{loaded.name}-{chosen.name}-seed{seed}"
+        directory = output or rank.directory(lambda: _default_directory(stem, resume))
+        run = partial(_followed, rank, track, loaded, chosen, options, directory)
+        record = run(device=place, resume=resume, limit=limit)
+    _finish(record, directory, json, is_main=rank.is_main)
+
+
+def _followed(
+    rank: Rank,
+    track: list[str] | None,
+    *parts: Any,
+    device: torch.device,
+    resume: bool,
+    limit: Limit,
+) -> RunRecord:
+    """Train what the parts say, and show how it goes; on other ranks than 0 in silence."""
+    from narrowcast.integrations.trackers import all_of, tracker_named
+    from narrowcast.training.events import ignore
+    from narrowcast.training.train import train as training
+
+    trackers = [tracker_named(name) for name in track or ()]
+    run = partial(
+        training,
+        *parts,
         device=device,
-        release=clip_norm is None and accumulate == 1,
-        others={**typed, "--resume": resume and budget is not None},
-    ) or chosen_plan(named, place, rules=autocast_rules, keep_fp32=keep_fp32)
-    limit = limit_of(loaded, place, file=plan or named, budget=budget, accumulate=accumulate)
-    directory = output or _default_directory(f"{loaded.name}-{chosen.name}-seed{seed}", resume)
-    command = shlex.join(["narrowcast", *sys.argv[1:]])
-    run = partial(training.train, loaded, chosen, options, directory, device=place, command=command)
+        resume=resume,
+        budget_bytes=limit.bytes,
+        notes=limit.notes,
+        command=shlex.join(["narrowcast", *sys.argv[1:]]),
+        together=rank.together,
+    )
+    if not rank.is_main:
+        return run(observe=ignore)
     with watching() as follow:
-        record = run(observe=follow, resume=resume, budget_bytes=limit.bytes, notes=limit.notes)
-    _finish(record, directory, json)
+        return run(observe=all_of(follow, *trackers))
 
 
 def _typed(
-    precision: str, policy: Path | None, keep_fp32: list[str] | None, rules: str
+    precision: str,
+    policy: Path | None,
+    keep_fp32: list[str] | None,
+    rules: str,
+    resumed_budget: str | bool | None,
 ) -> dict[str, bool]:
     """Say which of the options that a plan decides for were given beside it."""
     return {
@@ -158,6 +205,7 @@ def _typed(
         "--policy": policy is not None,
         "--keep-fp32": bool(keep_fp32),
         "--autocast-rules": rules != "native",
+        "--resume": bool(resumed_budget),
     }
 
 
@@ -169,12 +217,14 @@ def _default_directory(stem: str, resume: bool) -> Path:
     return latest or default_directory(RUNS, stem)
 
 
-def _finish(record: RunRecord, directory: Path, json: str | None) -> None:
+def _finish(record: RunRecord, directory: Path, json: str | None, *, is_main: bool) -> None:
     """Write the report, print the result, and end with 130 if the run was interrupted."""
     from narrowcast.report.html import write_html
     from narrowcast.report.terminal import render_summary
     from narrowcast.training.run_directory import RunDirectory
 
+    if not is_main:
+        raise typer.Exit(130 if record.status == "interrupted" else 0)
     place = RunDirectory(directory)
     points = [p for p in place.read_metrics() if p.kind == "step"]
     write_html(record, place.report_path, points=points)

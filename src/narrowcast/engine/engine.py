@@ -61,6 +61,7 @@ from narrowcast.engine.stores import (
 )
 from narrowcast.engine.surroundings import Forward, Surroundings
 from narrowcast.errors import UnknownName, UsageError
+from narrowcast.parallel.peers import ALONE, Peers
 from narrowcast.plan import Plan
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import backward_context, forward_context, prepare_model
@@ -87,6 +88,9 @@ class Engine:
     `optimizer` may be a mapping of names to optimizers, with mappings of `scheduler` and `ema`:
     ``engine.backward(loss, "g")`` then writes gradients into parameters of optimizer "g" alone.
 
+    `peers` are the other ranks that train the same weights: their losses are averaged as those of
+    micro-batches are, and a step is applied on all or on none.
+
     Raises UsageError for parts that do not belong together, UnsupportedPrecision for a policy that
     the device cannot compute in.
     """
@@ -104,6 +108,7 @@ class Engine:
         device: torch.device | str | None = None,
         scale: AskedScale = None,
         max_consecutive_skips: SkipLimit = "auto",
+        peers: Peers = ALONE,
     ) -> None:
         require_numbers(accumulate, clip_norm, max_consecutive_skips)
         self.model = model
@@ -112,6 +117,7 @@ class Engine:
         self.policy = self.plan.policy
         require_unclaimed(model, self.plan)
         self._accumulate = accumulate * self.plan.micro_batches
+        self._shares = self._accumulate * peers.size
         self._clip_norm = clip_norm
         self._limit = max_consecutive_skips
         self._skips: list[SkippedStep] = []
@@ -119,7 +125,7 @@ class Engine:
         self._seeds = Seeds()
         optimizers = optimizer if isinstance(optimizer, Mapping) else {ONLY: optimizer}
         fit_stores(model, self.plan, optimizers)
-        require_release_fits(self.plan, self._accumulate, clip_norm, scale)
+        require_release_fits(self.plan, self._accumulate, clip_norm, scale, peers)
         self._masters = Masters(optimizers.values())
         before = weight_formats(optimizers.values())
         self.restored: list[str] = []
@@ -138,6 +144,7 @@ class Engine:
             ema=ema,
             accumulate=self._accumulate,
             scale=scale,
+            peers=peers,
         )
         self._only = None if isinstance(optimizer, Mapping) else self._lanes[ONLY]
         kind = self.device.type
@@ -178,7 +185,7 @@ class Engine:
             with self._around_backward:
                 gradients.run_backward(
                     loss,
-                    self._seeds.of(scale / self._accumulate, loss),
+                    self._seeds.of(scale / self._shares, loss),
                     retain_graph=retain_graph,
                     inputs=None if self._only is not None else lane.parameters(),
                 )
@@ -217,6 +224,10 @@ class Engine:
             lane.discard()
             lane.has_forwarded = False
         return report if report.applied else self._record(lane, report)
+
+    def meets_next(self) -> bool:
+        """Whether ranks add up gradients in the backward pass to come: it ends a step."""
+        return all(lane.meets_next(self._accumulate) for lane in self._lanes.values())
 
     def zero_grad(self, name: str | None = None) -> None:
         """Drop pending gradients and the micro-batches counted so far, of one optimizer or all."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from narrowcast.errors import UsageError
+from narrowcast.parallel.peers import Peers
 
 __all__ = [
     "LARGEST_SURE_NORM",
@@ -212,6 +213,25 @@ class WideSums:
                 known = self._sums.get(parameter)
                 self._sums[parameter] = widened if known is None else known.add_(widened)
                 parameter.grad = None
+
+    def meet(self, optimizer: Optimizer, peers: Peers) -> None:
+        """Make sums, and gradients that are no sums, their sum over the ranks, in one pass.
+
+        A rank on which a parameter took no part counts with zeros.
+        """
+        if peers.size == 1:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        held = [self._sums.get(parameter, parameter.grad) for parameter in parameters]
+        anywhere = peers.any_of_each([tensor is not None for tensor in held])
+        summed = []
+        for parameter, tensor, is_there in zip(parameters, held, anywhere, strict=True):
+            if is_there and tensor is None:
+                wide = max(parameter.dtype, self._dtype, key=lambda dtype: dtype.itemsize)
+                tensor = self._sums[parameter] = torch.zeros_like(parameter, dtype=wide)
+            if tensor is not None:
+                summed.append(tensor)
+        peers.add_up(summed)
 
     def collect(self, optimizer: Optimizer) -> list[Tensor]:
         """List the sums, and the gradients that are no sums."""

@@ -21,6 +21,7 @@ from narrowcast.engine import gradients
 from narrowcast.errors import PrecisionError, UsageError
 from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.release import GradientRelease
+from narrowcast.parallel.peers import ALONE, Peers
 from narrowcast.records.run import SkipReason
 from narrowcast.scaling.scales import (
     DynamicScale,
@@ -111,8 +112,10 @@ class Lane:
         first_scale: Callable[[str], LossScale],
         wide_sums: torch.dtype | None,
         releases: bool = False,
+        peers: Peers = ALONE,
     ) -> None:
         self.name = name
+        self._peers = peers
         self.optimizer = optimizer
         self.followers = followers
         self.progress = Progress()
@@ -203,9 +206,24 @@ class Lane:
             self._sums.add(self.optimizer)
         self._witness.choose(self.optimizer)
 
+    def meets_next(self, accumulate: int) -> bool:
+        """Whether ranks add up their gradients in the backward pass to come: it is a step's last.
+
+        Sums in a wider format meet when the step is closed.
+        """
+        return self._sums is None and self.micro_batches + 1 >= accumulate
+
     def close(self, accumulate: int, clip_norm: float | None) -> StepReport:
         """Unscale, check, clip and step; or skip. `discard` comes next in either case."""
         self._require_kept()
+        if self._sums is not None:
+            self._sums.meet(self.optimizer, self._peers)
+        elif self._peers.size > 1 and self.micro_batches < accumulate:
+            raise UsageError(
+                "a step cannot be flushed on several ranks: its gradients meet in the backward "
+                "pass of the last micro-batch",
+                hint="give every step all of its micro-batches",
+            )
         pending = self._pending()
         if self._release is not None and self._release.arrived:
             return self._close_released(self._release, pending)
@@ -219,9 +237,9 @@ class Lane:
             gradients.scale(pending, factor)
         norms = gradients.norms(pending, self._norm_dtype)
         norm = gradients.read_total(norms)
-        if not norm <= gradients.LARGEST_SURE_NORM:
+        if self._peers.any(not norm <= gradients.LARGEST_SURE_NORM):
             exact = gradients.exact_norms(pending)
-            if exact is None:
+            if self._peers.any(exact is None) or exact is None:
                 return self._skip(norm)
             norms, norm = exact, gradients.read_total(exact)
         # Leaves room for rounding: where the coefficient comes out as 1, it changes nothing.
@@ -318,16 +336,15 @@ class Lane:
     def _culprit(self) -> str:
         """Name the loss whose backward pass was the first to leave a non-finite gradient."""
         assert self.source is not None, "only an open window fails"
-        return next((name for name, finite in self._checks if not bool(finite)), self.source)
+        broken = self._peers.any_of_each([not bool(finite) for _, finite in self._checks])
+        found = (name for (name, _), bad in zip(self._checks, broken, strict=True) if bad)
+        return next(found, self.source)
 
     def _bad_losses(self) -> set[str]:
-        """Name the losses of this window that were not finite themselves."""
+        """Name the losses of this window that were not finite themselves, on any rank."""
         values = torch.stack([loss.reshape(()).double() for _, loss in self._losses]).tolist()
-        return {
-            name
-            for (name, _), value in zip(self._losses, values, strict=True)
-            if not math.isfinite(value)
-        }
+        bad = self._peers.any_of_each([not math.isfinite(value) for value in values])
+        return {name for (name, _), is_bad in zip(self._losses, bad, strict=True) if is_bad}
 
     def discard(self) -> None:
         """Drop the window: gradients become None, as after ``zero_grad(set_to_none=True)``."""

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from narrowcast.engine.lanes import Followers, Lane
 from narrowcast.errors import CheckpointError, UnknownName, UsageError
+from narrowcast.parallel.peers import Peers
 from narrowcast.plan import PLANS, Plan
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import format_name, torch_dtype
@@ -193,6 +194,7 @@ def build_lanes(
     ema: Any,
     accumulate: int,
     scale: AskedScale,
+    peers: Peers,
 ) -> dict[str, Lane]:
     """Make a lane of each optimizer, with its scheduler and EMA."""
     for one in scale.values() if isinstance(scale, Mapping) else (scale,):
@@ -221,6 +223,7 @@ def build_lanes(
             first_scale=lambda source: _first_scale(source, policy, scale),
             wide_sums=reduce if narrow and accumulate > 1 else None,
             releases=plan.gradients == "release",
+            peers=peers,
         )
         for name, each in optimizers.items()
     }

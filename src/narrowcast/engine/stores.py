@@ -18,6 +18,7 @@ from narrowcast.errors import CheckpointError, UsageError
 from narrowcast.optim.convert import narrowed
 from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.release import require_compatible
+from narrowcast.parallel.peers import Peers
 from narrowcast.plan import OWN, Plan
 from narrowcast.precision.cast import kept_parameters
 
@@ -129,10 +130,16 @@ def fit_stores(model: nn.Module, plan: Plan, optimizers: Mapping[str, Optimizer]
 
 
 def require_release_fits(
-    plan: Plan, accumulate: int, clip_norm: float | None, scale: object
+    plan: Plan, accumulate: int, clip_norm: float | None, scale: object, peers: Peers
 ) -> None:
     """Raise UsageError for what needs all gradients at once, if the plan releases them."""
     if plan.gradients == "release":
+        if peers.kind:
+            raise UsageError(
+                f"plan {plan.name!r} releases gradients, and with {peers.kind} a parameter would "
+                "step before the ranks have averaged its gradient",
+                hint="gradients='keep' in the plan, or train in one process",
+            )
         require_compatible(
             accumulate=accumulate, clip_norm=clip_norm, is_loss_scaled=scale is not None
         )

@@ -105,6 +105,12 @@ def cross_entropy_in_chunks(
     tally: Tally,
 ) -> Tensor:
     """Do the work of linear_cross_entropy with factors rounded to `compute`, counting products."""
+    if torch._C._are_functorch_transforms_active():  # has no public name
+        raise UsageError(
+            "linear_cross_entropy inside a transform of torch.func (grad, vmap, jvp, ...), which "
+            "its own backward pass cannot follow",
+            hint="differentiate by loss.backward() or torch.autograd.grad, or compute whole logits",
+        )
     _require_shapes(hidden, weight, target, bias=bias, class_weight=class_weight)
     if reduction not in _REDUCTIONS:
         raise UnknownName.of("reduction", reduction, _REDUCTIONS)
@@ -125,7 +131,7 @@ def cross_entropy_in_chunks(
     )
     targets = Targets(labels=labels, counted=counted, share=share)
     losses: Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, (targets, settings)
+        hidden.reshape(target.numel(), hidden.shape[-1]), weight, bias, (targets, settings)
     )
     if reduction == "none":
         return losses.reshape(target.shape)
@@ -150,7 +156,7 @@ def _require_shapes(
         )
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise UsageError(f"{shapes} do not multiply", hint="(..., D) and (V, D)")
-    if target.dtype.is_floating_point or target.dtype in (torch.bool, torch.complex64):
+    if target.dtype.is_floating_point or target.is_complex() or target.dtype is torch.bool:
         raise UsageError(
             f"target is {target.dtype}: probabilities cannot be chunked",
             hint="give class numbers, or use F.cross_entropy on the logits",

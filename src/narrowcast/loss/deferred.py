@@ -56,7 +56,7 @@ class DeferredLogits(Tensor):
     _parent: DeferredLogits | None
     _replay: Callable[[Tensor], Tensor] | None
     _whole: Tensor | None
-    _weight_version: int
+    _versions: tuple[int, ...]
 
     @staticmethod
     def of(
@@ -74,7 +74,7 @@ class DeferredLogits(Tensor):
         made._form, made._record = form, record
         made._parent, made._replay = parent, replay
         made._whole = None
-        made._weight_version = form.weight._version if parent is None else parent._weight_version
+        made._versions = _versions_of(form)
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -127,7 +127,7 @@ class DeferredLogits(Tensor):
             options = _loss_options(func, form, args, kwargs)
             if options is None:
                 return NotImplemented
-            self._require_same_weight()
+            self._require_unchanged()
             self._record.chunked_calls += 1
             return cross_entropy_in_chunks(
                 form.hidden,
@@ -145,6 +145,7 @@ class DeferredLogits(Tensor):
             return NotImplemented
         if forms is form:
             return self
+        self._require_unchanged()  # a child counts changes from now on
 
         def child(made: Form, place: int | None = None) -> DeferredLogits:
             def replay(whole: Tensor) -> Any:
@@ -171,7 +172,7 @@ class DeferredLogits(Tensor):
         """Compute the whole logits from the head down to this one; this one's come last."""
         if self._whole is not None:
             return [(self, self._whole)]
-        self._require_same_weight()
+        self._require_unchanged()
         # Under no_grad too: what is computed there may be kept, and used where gradients count.
         with torch.enable_grad():
             if self._parent is None or self._replay is None:
@@ -186,13 +187,27 @@ class DeferredLogits(Tensor):
         if not self._is_whole():
             self._record.operations[operation] += 1
 
-    def _require_same_weight(self) -> None:
-        if self._form.weight._version != self._weight_version:
-            raise UsageError(
-                "logits that were not computed yet are asked for after the weight of their head "
-                "has changed",
-                hint="use the logits before the optimizer steps, or detach and copy what you need",
-            )
+    def _require_unchanged(self) -> None:
+        """Raise UsageError if the logits would not be those that the head was asked for."""
+        for name, made, now in zip(
+            ("hidden states", "weight of their head", "bias of their head"),
+            self._versions,
+            _versions_of(self._form),
+            strict=False,  # a head may have no bias
+        ):
+            if made != now:
+                raise UsageError(
+                    f"logits that were not computed yet are asked for after the {name} changed in "
+                    "place",
+                    hint="use the logits before that (before the optimizer steps), or remove "
+                    "chunked_logits from this model",
+                )
+
+
+def _versions_of(form: Form) -> tuple[int, ...]:
+    """Return how often hidden states, weight and bias were changed in place, as autograd counts."""
+    inputs = (form.hidden, form.weight, form.bias)
+    return tuple(0 if t.is_inference() else t._version for t in inputs if t is not None)
 
 
 class _Stand(torch.autograd.Function):

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from narrowcast.errors import UsageError
-from narrowcast.optim.narrow import NarrowOptimizer, refuse
-from narrowcast.optim.rule import Coefficients, Rule, number, require_number
+from narrowcast.optim.narrow import NarrowOptimizer
+from narrowcast.optim.rule import Coefficients, Rule, number, require_betas, require_number
 from narrowcast.optim.states import Moment
 
 __all__ = ["ADAMW", "AdamW"]
@@ -68,15 +67,7 @@ class _AdamWRule(Rule):
         require_number("lr", group["lr"])
         require_number("eps", group["eps"])
         require_number("weight_decay", group["weight_decay"])
-        betas = group["betas"]
-        if not isinstance(betas, Sequence) or len(betas) != 2:
-            raise UsageError(f"betas is {betas!r}", hint="a pair of numbers, such as (0.9, 0.999)")
-        for i, beta in enumerate(betas):
-            if isinstance(beta, Tensor):
-                raise UsageError(
-                    f"betas[{i}] is a tensor", hint="pass plain numbers: their powers are taken"
-                )
-            require_number(f"betas[{i}]", beta, below=1.0)
+        require_betas(group["betas"], usual=(0.9, 0.999))
 
 
 ADAMW = _AdamWRule()
@@ -106,12 +97,17 @@ class AdamW(NarrowOptimizer):
         generator: torch.Generator | None = None,
         **others: object,
     ) -> None:
-        refuse("AdamW", others)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, weights, states, generator=generator)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+            },
+            weights=weights,
+            states=states,
+            generator=generator,
+            others=others,
+        )

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from narrowcast.errors import UsageError
 from narrowcast.optim.adamw import AdamW
 from narrowcast.optim.loading import KEEP_FP32, Pair, adapted_entry
-from narrowcast.optim.narrow import NarrowOptimizer, require_storable
+from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.sgd import SGD
+from narrowcast.optim.soundness import require_storable
 from narrowcast.optim.states import state_store
 from narrowcast.optim.weights import REMAINDER, weight_store
 
@@ -62,6 +63,7 @@ def narrowed(
         for position, parameter in enumerate(group["params"]):
             require_storable(parameter, weight_store("fp32") if position in kept else store)
         _require_rule(type(optimizer).__name__, group)
+        target.rule.require_sound(group)
     for group in optimizer.param_groups:
         kept = tuple(i for i, p in enumerate(group["params"]) if keep_fp32(p))
         for key in _DROPPED:
@@ -72,9 +74,9 @@ def narrowed(
     return target(optimizer.param_groups, weights=weights, states=states, generator=generator)
 
 
-def _target(optimizer: Optimizer) -> Callable[..., NarrowOptimizer]:
+def _target(optimizer: Optimizer) -> type[AdamW | SGD]:
     """Return our class for torch's; a subclass may do anything, so only these three are known."""
-    targets: dict[type, Callable[..., NarrowOptimizer]] = {
+    targets: dict[type, type[AdamW | SGD]] = {
         torch.optim.AdamW: AdamW,
         torch.optim.Adam: AdamW,
         torch.optim.SGD: SGD,

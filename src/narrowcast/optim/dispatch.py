@@ -5,7 +5,7 @@ on the CPU is not correctly rounded, and which products are fused with sums is i
 kernel cannot read, a tensor with holes or a gradient laid out unlike its parameter, goes to torch.
 
 Looking at every tensor costs the host more time than a small model costs the GPU. So a step by
-kernels leaves a `Plan`, and the next one only makes sure that everything is where it was.
+kernels leaves a `Routine`, and the next one only makes sure that everything is where it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor  # has no public name
 
 from narrowcast.kernels.launch import HAS_TRITON, RULES, Launch, Row, Table, launch, table_of
 from narrowcast.optim.layout import is_dense, layout_of
@@ -26,7 +27,15 @@ from narrowcast.optim.step import Item, Numbers, update
 from narrowcast.optim.weights import REMAINDER
 from narrowcast.rounding import step_key
 
-__all__ = ["Kind", "advance", "advance_by_kernels", "can_defer", "repeat", "runs_by_kernels"]
+__all__ = [
+    "Kind",
+    "Routine",
+    "advance",
+    "advance_by_kernels",
+    "can_defer",
+    "repeat",
+    "runs_by_kernels",
+]
 
 
 @dataclass(slots=True)
@@ -40,6 +49,32 @@ class Kind:
     table: Table
     entries: list[tuple[Tensor, int, dict[str, Any], tuple[tuple[str, Tensor], ...]]]
     """Parameter, its pointer, its state, and the tensors in it."""
+
+
+@dataclass(frozen=True)
+class Routine:
+    """A step that can be repeated while groups, stores and parameters are what they were."""
+
+    kinds: list[Kind]
+    shapes: list[tuple[Any, ...]]
+    idle: list[Tensor]
+    """Parameters without a gradient."""
+
+    @classmethod
+    def of(cls, groups: list[dict[str, Any]], kinds: list[Kind]) -> Routine:
+        idle = [p for group in groups for p in group["params"] if p.grad is None]
+        return cls(kinds, [_shape(group) for group in groups], idle)
+
+    def holds(self, groups: list[dict[str, Any]]) -> bool:
+        return self.shapes == [_shape(group) for group in groups] and all(
+            parameter.grad is None for parameter in self.idle
+        )
+
+
+def _shape(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what of a group decides how its parameters are stored and which they are."""
+    moments = group.get("momentum", 0) != 0
+    return id(group["params"]), len(group["params"]), group["weights"], group["states"], moments
 
 
 def runs_by_kernels(rule: Rule, parameter: Tensor, gradient: Tensor) -> bool:
@@ -110,6 +145,7 @@ def repeat(rule: Rule, kinds: Sequence[Kind], states: Mapping[Any, dict[str, Any
             if (
                 gradient is None
                 or gradient.dtype is not dtype
+                or parameter.dtype is not kind.numbers.weights.dtype
                 or not gradient.is_contiguous()
                 or parameter.data_ptr() != pointer
                 or not parameter.is_contiguous()
@@ -166,7 +202,9 @@ def _entry(item: Item) -> tuple[Tensor, int, dict[str, Any], tuple[tuple[str, Te
 
 
 def _has_kernel(rule: Rule, parameter: Tensor) -> bool:
-    return HAS_TRITON and parameter.is_cuda and rule.name in RULES
+    # A fake tensor has no memory for a kernel to read, wherever it says that it lies.
+    is_real = not isinstance(parameter, FakeTensor)
+    return HAS_TRITON and is_real and parameter.is_cuda and rule.name in RULES
 
 
 def _is_flat(parameter: Tensor, gradient: Tensor) -> bool:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from narrowcast.errors import UsageError
-from narrowcast.optim.narrow import NarrowOptimizer, refuse
-from narrowcast.optim.rule import Coefficients, Rule, number, require_number
+from narrowcast.optim.narrow import NarrowOptimizer
+from narrowcast.optim.rule import Coefficients, Rule, number, require_betas, require_number
 from narrowcast.optim.states import Moment
 
 __all__ = ["LION", "Lion"]
@@ -53,11 +52,7 @@ class _LionRule(Rule):
     def require_sound(self, group: Mapping[str, Any]) -> None:
         require_number("lr", group["lr"])
         require_number("weight_decay", group["weight_decay"])
-        betas = group["betas"]
-        if not isinstance(betas, Sequence) or len(betas) != 2:
-            raise UsageError(f"betas is {betas!r}", hint="a pair of numbers, such as (0.9, 0.99)")
-        for i, beta in enumerate(betas):
-            require_number(f"betas[{i}]", beta, below=1.0)
+        require_betas(group["betas"], usual=(0.9, 0.99))
 
 
 LION = _LionRule()
@@ -81,11 +76,16 @@ class Lion(NarrowOptimizer):
         generator: torch.Generator | None = None,
         **others: object,
     ) -> None:
-        refuse("Lion", others)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, weights, states, generator=generator)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+            },
+            weights=weights,
+            states=states,
+            generator=generator,
+            others=others,
+        )

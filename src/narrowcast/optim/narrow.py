@@ -7,6 +7,7 @@ goes into its state, so that the master is the number that it was.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,16 +18,23 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from narrowcast.errors import UsageError
-from narrowcast.optim.dispatch import Kind, advance, can_defer, repeat
+from narrowcast.optim.dispatch import Routine, advance, can_defer, repeat
 from narrowcast.optim.layout import Layout, layout_of
 from narrowcast.optim.loading import KEEP_FP32, LAYOUT, STEP, adapted, in_order, shield, store_of
 from narrowcast.optim.masters import read_master, write_master
+from narrowcast.optim.ranks import agree, are_several
 from narrowcast.optim.rule import Rule
+from narrowcast.optim.soundness import (
+    dense_gradient,
+    require_distinct,
+    require_held,
+    require_storable,
+)
 from narrowcast.optim.states import Blocks, Moment, StateStore, fitted, state_store
 from narrowcast.optim.step import Item, Numbers, chunk_for
 from narrowcast.optim.weights import REMAINDER, WeightStore
 
-__all__ = ["Held", "NarrowOptimizer", "refuse", "require_storable"]
+__all__ = ["Held", "NarrowOptimizer"]
 
 _REFUSED = {
     "amsgrad": "the running maximum of a rounded moment would only ever grow",
@@ -37,7 +45,7 @@ _REFUSED = {
 }
 
 
-def refuse(rule: str, others: Mapping[str, object]) -> None:
+def _refuse(rule: str, others: Mapping[str, object]) -> None:
     """Raise for arguments that torch's optimizers take and ours do not; None and False pass."""
     for name, value in others.items():
         if name not in _REFUSED:
@@ -60,32 +68,6 @@ class Held:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A step that can be repeated while groups, stores and parameters are what they were."""
-
-    kinds: list[Kind]
-    shapes: list[tuple[Any, ...]]
-    idle: list[Tensor]
-    """Parameters without a gradient."""
-
-    @classmethod
-    def of(cls, groups: list[dict[str, Any]], kinds: list[Kind]) -> _Plan:
-        idle = [p for group in groups for p in group["params"] if p.grad is None]
-        return cls(kinds, [_shape(group) for group in groups], idle)
-
-    def holds(self, groups: list[dict[str, Any]]) -> bool:
-        return self.shapes == [_shape(group) for group in groups] and all(
-            parameter.grad is None for parameter in self.idle
-        )
-
-
-def _shape(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what of a group decides how its parameters are stored and which they are."""
-    moments = group.get("momentum", 0) != 0
-    return id(group["params"]), len(group["params"]), group["weights"], group["states"], moments
-
-
 def _require_no_capture() -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise UsageError(
@@ -95,27 +77,50 @@ def _require_no_capture() -> None:
         )
 
 
+_ALIVE: weakref.WeakSet[NarrowOptimizer] = weakref.WeakSet()
+"""All optimizers, so that a new one finds who holds the remainder of a parameter."""
+
+
+def _holder(parameter: Tensor) -> NarrowOptimizer | None:
+    """Return the optimizer that holds the remainder of a bf16 parameter as it is now."""
+    if parameter.dtype is not torch.bfloat16:
+        return None
+    return next((o for o in _ALIVE if o._is_current(parameter)), None)
+
+
 class NarrowOptimizer(Optimizer):
     """An update rule on a weight store and a state store. The rule is the subclass's."""
 
     rule: ClassVar[Rule]
-    _plan: _Plan | None = None
+    _routine: Routine | None = None
     """What the last step left to repeat; not part of a copy."""
+    _adopts: bool = True
+    """Whether a group that is added changes at once; not while others may yet be refused."""
+    _has_agreed: bool = False
+    """Whether the ranks of a distributed training have exchanged seeds."""
 
     def __init__(
         self,
         params: ParamsT,
         defaults: dict[str, Any],
+        *,
         weights: str,
         states: str,
-        *,
         generator: torch.Generator | None,
+        others: Mapping[str, object],
     ) -> None:
+        _refuse(self.rule.name, others)
         seed = torch.initial_seed()
         if generator is not None:
             top = 2**63 - 1
             seed = int(torch.randint(top, (), generator=generator, device=generator.device))
+        self._adopts = False
+        self._versions: dict[Tensor, int] = {}
         super().__init__(params, {**defaults, "weights": weights, "states": states, "seed": seed})
+        self._adopts = True
+        for group in self.param_groups:
+            self._adopt_all(group)
+        _ALIVE.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, and put its parameters into its weight store."""
@@ -124,17 +129,35 @@ class NarrowOptimizer(Optimizer):
         try:
             state_store(group["states"])
             self.rule.require_sound(group)
+            require_distinct(group["params"])
             for position, parameter in enumerate(group["params"]):
                 require_storable(parameter, store_of(group, position))
         except Exception:
             self.param_groups.pop()
             raise
-        for position, parameter in enumerate(group["params"]):
-            self._adopt(parameter, store_of(group, position))
+        if self._adopts:
+            self._adopt_all(group)
 
     @torch.no_grad()
+    def _adopt_all(self, group: dict[str, Any]) -> None:
+        self._has_agreed = False
+        for position, parameter in enumerate(group["params"]):
+            self._adopt(parameter, store_of(group, position))
+        self._note_versions(group["params"])
+
+    def _note_versions(self, parameters: Iterable[Tensor]) -> None:
+        """Remember that weights and remainders belong together as they are."""
+        self._versions.update((parameter, parameter._version) for parameter in parameters)
+
+    def _is_current(self, parameter: Tensor) -> bool:
+        """Whether there is a remainder, and the weight was not changed in place since."""
+        has_remainder = self._remainder(parameter) is not None
+        return has_remainder and self._versions.get(parameter) == parameter._version
+
     def _adopt(self, parameter: Tensor, store: WeightStore) -> None:
-        master = parameter.detach()
+        """Put a parameter into its store; an earlier optimizer hands its remainder over."""
+        before = _holder(parameter)
+        master = parameter.detach() if before is None else before.master(parameter)
         if parameter.dtype is not store.dtype:
             parameter.data = torch.empty_like(master, dtype=store.dtype)
         parts = store.zeros(parameter)
@@ -142,6 +165,8 @@ class NarrowOptimizer(Optimizer):
             self.state[parameter].update(parts)
         if master.dtype is not store.dtype:
             write_master(store, master, parameter.detach(), parts.get(REMAINDER))
+        if before is not None:
+            del before.state[parameter][REMAINDER]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; returns what the closure returns."""
@@ -155,13 +180,14 @@ class NarrowOptimizer(Optimizer):
     @torch.no_grad()
     def _step_all(self) -> None:
         """Step every parameter that has a gradient; repeats the last step by kernels if it can."""
-        _require_no_capture()
-        plan = self._plan
-        if plan and plan.holds(self.param_groups) and repeat(self.rule, plan.kinds, self.state):
+        self._require_ready()
+        known = self._routine
+        if known and known.holds(self.param_groups) and repeat(self.rule, known.kinds, self.state):
             return
-        owned = [p for group in self.param_groups for p in group["params"]]
-        kinds = advance(self.rule, self._items({p for p in owned if p.grad is not None}))
-        self._plan = None if kinds is None else _Plan.of(self.param_groups, kinds)
+        chosen = {p for group in self.param_groups for p in group["params"] if p.grad is not None}
+        kinds = advance(self.rule, self._items(chosen))
+        self._note_versions(chosen)
+        self._routine = None if kinds is None else Routine.of(self.param_groups, kinds)
 
     @torch.no_grad()
     def step_parameters(
@@ -172,9 +198,20 @@ class NarrowOptimizer(Optimizer):
         `if_finite`, a bool of shape () on the device, decides there whether anything changes; only
         where `defers` says so. The step is counted either way: see `uncount_step`.
         """
-        _require_no_capture()
+        self._require_ready()
         chosen = {p for p in parameters if p.grad is not None}
         advance(self.rule, self._items(chosen), if_finite)
+        self._note_versions(chosen)
+
+    def _require_ready(self) -> None:
+        """See that a step may be taken here and now, on all ranks if there are several."""
+        _require_no_capture()
+        if self._has_agreed or not are_several():
+            return
+        stores = {group[key] for group in self.param_groups for key in ("weights", "states")}
+        if stores != {"fp32"}:
+            agree(self.param_groups, self.state)
+        self._has_agreed = True
 
     def defers(self, parameter: Tensor) -> bool:
         """Whether the device can decide if this parameter steps, without the host waiting."""
@@ -206,10 +243,11 @@ class NarrowOptimizer(Optimizer):
                 if parameter not in chosen:
                     continue
                 weights = store_of(group, position)
-                gradient = _gradient(parameter)
+                gradient = dense_gradient(parameter)
                 state = self.state[parameter]
                 states = fitted(asked, parameter.numel())
                 layout = layout_of(parameter)
+                require_held(parameter, state, weights, states, moments)
                 is_fresh = _prepare(state, parameter, states, moments, layout)
                 step = state.get(STEP, 0) + 1
                 key = step, is_fresh, states is asked, weights.name
@@ -233,6 +271,7 @@ class NarrowOptimizer(Optimizer):
         A new tensor, but for fp32 parameters, which are their own master; do not write into it.
         """
         store = self._store_for(parameter)
+        require_held(parameter, self.state.get(parameter, {}), store)
         return read_master(store, parameter.detach(), self._remainder(parameter))
 
     @torch.no_grad()
@@ -245,8 +284,10 @@ class NarrowOptimizer(Optimizer):
                 f"shape {tuple(parameter.shape)}",
                 hint="pass an fp32 tensor of the parameter's shape",
             )
+        require_held(parameter, self.state.get(parameter, {}), store)
         value = value.detach().to(parameter.device)
         write_master(store, value, parameter.detach(), self._remainder(parameter))
+        self._note_versions([parameter])
 
     @torch.no_grad()
     def keep_fp32(self, parameters: Iterable[Tensor]) -> None:
@@ -304,8 +345,13 @@ class NarrowOptimizer(Optimizer):
         """Take over a loaded or an unpickled state."""
         before = self.__dict__.get("state", {})
         groups = self.__dict__.get("param_groups", [])
-        self._plan = None
+        self._routine = None
+        self._has_agreed = False
         super().__setstate__(adapted(self.rule, groups, before, state))
+        self._versions = {}
+        for group in self.param_groups:
+            self._note_versions(group["params"])
+        _ALIVE.add(self)
 
     def _remainder(self, parameter: Tensor) -> Tensor | None:
         found = self.state.get(parameter, {}).get(REMAINDER)
@@ -321,50 +367,6 @@ class NarrowOptimizer(Optimizer):
             f"a tensor of shape {tuple(parameter.shape)} is none of the optimizer's parameters",
             hint="pass one of the tensors that the optimizer was built from",
         )
-
-
-def require_storable(parameter: Tensor, store: WeightStore) -> None:
-    """Raise UsageError unless the store can hold the parameter."""
-    shown = f"a parameter of shape {tuple(parameter.shape)}"
-    if parameter.dtype is torch.float16:
-        raise UsageError(
-            f"{shown} is fp16: its gradients lose what is below 6e-8 before an optimizer sees "
-            "them, and a remainder cannot bring that back",
-            hint="keep fp32 weights and compute in fp16 by autocast, or use bf16 weights",
-        )
-    if parameter.dtype not in (torch.float32, torch.bfloat16):
-        raise UsageError(
-            f"{shown} is {parameter.dtype}: steps are computed in fp32",
-            hint="train fp32 or bf16 parameters, or this one with an optimizer of torch.optim",
-        )
-    if parameter.dtype is torch.bfloat16 and store.dtype is torch.float32:
-        raise UsageError(
-            f"{shown} is bf16, and weights={store.name!r} holds fp32",
-            hint="use weights='split16', or build the optimizer before the model becomes bf16",
-        )
-    if parameter.dtype is not store.dtype and parameter.grad is not None:
-        raise UsageError(
-            f"{shown} has a gradient, which would keep {parameter.dtype} while the parameter "
-            f"becomes {store.dtype}",
-            hint="build the optimizer before the first backward pass, or clear the gradients",
-        )
-    if parameter.layout is not torch.strided or (0 in parameter.stride() and parameter.numel() > 1):
-        raise UsageError(
-            f"{shown} has elements that share memory or none of their own",
-            hint="make it a dense tensor: parameter.data = parameter.data.clone()",
-        )
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None
-    if gradient.layout is not torch.strided:
-        raise UsageError(
-            f"the gradient of a parameter of shape {tuple(parameter.shape)} is "
-            f"{gradient.layout}".replace("torch.", ""),
-            hint="build the embedding with sparse=False",
-        )
-    return gradient
 
 
 def _prepare(

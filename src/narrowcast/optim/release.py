@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from narrowcast.errors import UsageError
 from narrowcast.optim.narrow import NarrowOptimizer
+from narrowcast.optim.ranks import are_several
 
 __all__ = ["GradientRelease", "require_compatible"]
 
@@ -58,9 +59,10 @@ def require_compatible(
 class GradientRelease:
     """Steps an optimizer's parameters during backward, from construction until `detach`.
 
-    ``optimizer.step()`` ends the iteration, as ever: it steps what was not released (parameters
-    that were frozen at construction, or added later), and calls hooks. A gradient that is not
-    finite never reaches a weight: its parameter is not stepped, and `skipped` lists it afterwards.
+    ``optimizer.step()`` ends the iteration, as ever: it steps what was not released, calls hooks,
+    and leaves no gradient. Parameters that were frozen, or were added later, are released from then
+    on. A gradient that is not finite never reaches a weight: its parameter is not stepped, and
+    `skipped` lists it afterwards.
     """
 
     def __init__(self, optimizer: NarrowOptimizer) -> None:
@@ -73,12 +75,13 @@ class GradientRelease:
         self._flags: list[tuple[Tensor, Tensor]] = []
         """For each step whose decision was left to the device: parameter, and was it finite."""
         self._bad: list[Tensor] = []
-        self._handles: list[Any] = [optimizer.register_step_pre_hook(self._end)]
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    hook = parameter.register_post_accumulate_grad_hook(partial(_arrive, self))
-                    self._handles.append(hook)
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(self._end),
+            optimizer.register_step_post_hook(_drop),
+        ]
+        self._hooked: set[int] = set()
+        """Ids, which are the optimizer's parameters' for as long as it lives."""
+        self._attach(optimizer)
         _ATTACHED.add(optimizer)
 
     @property
@@ -91,12 +94,14 @@ class GradientRelease:
         optimizer = self._optimizer()
         if optimizer is not None:
             self._end(optimizer, (), {})
+            _drop(optimizer)
 
     def detach(self) -> None:
         """Stop releasing; what was stepped stays stepped."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._hooked.clear()
         optimizer = self._optimizer()
         if optimizer is not None:
             _ATTACHED.discard(optimizer)
@@ -116,7 +121,7 @@ class GradientRelease:
         if optimizer.defers(parameter):
             self._flags.append((parameter, flag))
             optimizer.step_parameters([parameter], if_finite=flag)
-        elif isinstance(flag, FakeTensor) or bool(flag):  # a fake gradient has no value to be bad
+        elif _read(flag):
             optimizer.step_parameters([parameter])
         else:
             self._bad.append(parameter)
@@ -134,11 +139,41 @@ class GradientRelease:
                 if not is_finite:
                     optimizer.uncount_step(parameter)
                     bad.append(parameter)
+        for parameter in _owned(optimizer):  # those that were not released, and step now
+            if parameter.grad is not None and not _read(_is_finite(parameter.grad)):
+                parameter.grad = None
+                bad.append(parameter)
         self.skipped = tuple(bad)
+        self._attach(optimizer)
+
+    def _attach(self, optimizer: Optimizer) -> None:
+        """Release all parameters that take gradients, from the next backward pass on."""
+        for parameter in _owned(optimizer):
+            if parameter.requires_grad and id(parameter) not in self._hooked:
+                hook = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    partial(_arrive, self)
+                )
+                self._handles.append(hook)
+                self._hooked.add(id(parameter))
 
 
 def _arrive(release: GradientRelease, parameter: Tensor) -> None:
     release._step(parameter)
+
+
+def _owned(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _drop(optimizer: Optimizer, *_: object) -> None:
+    """Leave no gradient, which the next backward pass would add to."""
+    for parameter in _owned(optimizer):
+        parameter.grad = None
+
+
+def _read(flag: Tensor) -> bool:
+    """Wait for the device's word; a fake gradient has no value to be bad."""
+    return isinstance(flag, FakeTensor) or bool(flag)
 
 
 def _is_finite(gradient: Tensor) -> Tensor:
@@ -161,18 +196,15 @@ def _require_releasable(optimizer: NarrowOptimizer) -> None:
         raise UsageError(
             "the optimizer's gradients are released already", hint="detach the first one before"
         )
-    if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+    if any(parameter.grad is not None for parameter in _owned(optimizer)):
         raise UsageError(
             "there are gradients from before gradient release: the next backward pass would add to "
             "them",
             hint="call optimizer.zero_grad() first",
         )
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        ranks = distributed.get_world_size()
-        if ranks > 1:
-            raise UsageError(
-                f"gradient release on {ranks} processes: each would step with its own gradients, "
-                "before they are averaged",
-                hint="keep the gradients (gradients='keep')",
-            )
+    if are_several():
+        raise UsageError(
+            f"gradient release on {torch.distributed.get_world_size()} processes: each would step "
+            "with its own gradients, before they are averaged",
+            hint="keep the gradients (gradients='keep')",
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 from narrowcast.errors import UsageError
 from narrowcast.optim.states import Moment
 
-__all__ = ["Coefficients", "Rule", "number", "require_number"]
+__all__ = ["Coefficients", "Rule", "number", "require_betas", "require_number"]
 
 Coefficients = tuple[float, ...]
 """The numbers of one step; tensors with equal ones may be updated together."""
@@ -64,3 +64,15 @@ def require_number(name: str, value: Any, *, low: float = 0.0, below: float = fl
             f"{name} is {shown!r}",
             hint=f"a number of at least {low:g}" + (f" and below {below:g}" if below < 9 else ""),
         )
+
+
+def require_betas(betas: Any, *, usual: tuple[float, float]) -> None:
+    """Raise UsageError unless `betas` is a pair of plain numbers in [0, 1)."""
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise UsageError(f"betas is {betas!r}", hint=f"a pair of numbers, such as {usual}")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            raise UsageError(
+                f"betas[{i}] is a tensor", hint="pass plain numbers: their powers are taken"
+            )
+        require_number(f"betas[{i}]", beta, below=1.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from narrowcast.errors import UsageError
-from narrowcast.optim.narrow import NarrowOptimizer, refuse
+from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.rule import Coefficients, Rule, number, require_number
 from narrowcast.optim.states import Moment
 
@@ -96,13 +96,18 @@ class SGD(NarrowOptimizer):
         generator: torch.Generator | None = None,
         **others: object,
     ) -> None:
-        refuse("SGD", others)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, weights, states, generator=generator)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+            },
+            weights=weights,
+            states=states,
+            generator=generator,
+            others=others,
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,10 @@ class StateStore(ABC):
         """Return the parts of a moment of zeros."""
 
     @abstractmethod
+    def fits(self, state: Mapping[str, Any], moment: Moment, numel: int) -> bool:
+        """Whether a state holds the moment as `zeros` makes it, or not at all in any store."""
+
+    @abstractmethod
     def ranges(
         self, parts: Mapping[str, Tensor], moment: Moment, start: int, stop: int
     ) -> tuple[Tensor, ...]:
@@ -92,6 +97,10 @@ class StateStore(ABC):
         self, x: Tensor, views: tuple[Tensor, ...], moment: Moment, noise: Tensor | None
     ) -> None:
         """Hold fp32 `x` in a range; stochastic with `noise`, to nearest without."""
+
+
+def _block_keys(moment: Moment) -> tuple[str, str]:
+    return f"{moment.name}_codes", f"{moment.name}_scales"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +122,12 @@ class Plain(StateStore):
 
     def zeros(self, parameter: Tensor, moment: Moment) -> dict[str, Tensor]:
         return {moment.name: torch.zeros_like(parameter, dtype=self.dtype, requires_grad=False)}
+
+    def fits(self, state: Mapping[str, Any], moment: Moment, numel: int) -> bool:
+        part = state.get(moment.name)
+        if part is None:
+            return not any(key in state for key in _block_keys(moment))
+        return part.dtype is self.dtype and part.numel() == numel
 
     def ranges(
         self, parts: Mapping[str, Tensor], moment: Moment, start: int, stop: int
@@ -151,7 +166,7 @@ class Blocks(StateStore):
         return self.signed if moment.signed else self.unsigned
 
     def part_keys(self, moment: Moment) -> tuple[str, ...]:
-        return f"{moment.name}_codes", f"{moment.name}_scales"
+        return _block_keys(moment)
 
     def nbytes(self, numel: int, moment: Moment) -> int:
         return self.code(moment).nbytes(numel)
@@ -159,6 +174,13 @@ class Blocks(StateStore):
     def zeros(self, parameter: Tensor, moment: Moment) -> dict[str, Tensor]:
         parts = self.code(moment).zeros(parameter.numel(), parameter.device)
         return dict(zip(self.part_keys(moment), parts, strict=True))
+
+    def fits(self, state: Mapping[str, Any], moment: Moment, numel: int) -> bool:
+        codes, scales = (state.get(key) for key in self.part_keys(moment))
+        if codes is None or scales is None:
+            return codes is scales and moment.name not in state
+        code = self.code(moment)
+        return (codes.numel(), scales.numel()) == (code.code_bytes(numel), code.blocks(numel))
 
     def ranges(
         self, parts: Mapping[str, Tensor], moment: Moment, start: int, stop: int

@@ -1,7 +1,8 @@
 """Choosing among plans whose peaks and speeds are known: values in, values out, no torch.
 
 The fastest that fits is chosen; of those that are as fast but for the noise of the measurement, the
-one that changes the result least, and then the one that takes fewer choices to explain.
+one that changes the result least, and then the one that takes fewer choices to explain. Where no
+step can be timed, stores that round are chosen only where none that round less fit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from narrowcast.plan import Plan
 from narrowcast.records.plan import SpeedSource
 from narrowcast.units import format_bytes, format_duration
 
-__all__ = ["LEAST_NOISE", "Candidate", "choose", "frontier", "worth_a_look"]
+__all__ = ["LEAST_NOISE", "Candidate", "choose", "frontier", "leagues", "worth_a_look"]
 
 LEAST_NOISE = 0.05
 """Two medians of a few steps that differ by less say nothing, however still the machine was."""
@@ -32,8 +33,15 @@ class Candidate:
     """How lossy it is (``axes.loss_of``); 0 is exact."""
     levers: int
     """How many axes it changes."""
+    stores_loss: int = 0
+    """How lossy its stores alone are."""
     spread: float = 0.0
     measured_bytes: int | None = None
+
+    @property
+    def need(self) -> int:
+        """What it takes: the prediction, or the peak of a step that took more."""
+        return max(self.bytes, self.measured_bytes or 0)
 
 
 def choose(finalists: Sequence[Candidate]) -> tuple[Candidate, float, str]:
@@ -68,6 +76,18 @@ def frontier(found: Iterable[Candidate]) -> list[Candidate]:
         if not kept or candidate.bytes < kept[-1].bytes:
             kept.append(candidate)
     return kept
+
+
+def leagues(ranked: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Group candidates so that one is considered only where nothing of an earlier group fits.
+
+    Where steps are timed, all are one group. A roofline counts bytes, so that whatever holds fewer
+    looks faster: by that alone no store that rounds is chosen while one that rounds less fits.
+    """
+    if any(c.speed != "roofline" for c in ranked):
+        return [list(ranked)]
+    levels = sorted({c.stores_loss for c in ranked})
+    return [[c for c in ranked if c.stores_loss == level] for level in levels]
 
 
 def worth_a_look(

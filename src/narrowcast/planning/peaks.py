@@ -149,10 +149,14 @@ class Peaks:
         return self._phases[bare]
 
     def _is_traced(self, plan: Plan) -> bool:
-        return anonymous(plan) in self._records
+        return self._traced_as(plan) in self._records
+
+    def _traced_as(self, plan: Plan) -> Plan:
+        """Return the plan as a trace follows it: tf32 holds what fp32 does."""
+        return anonymous(target_named(self._target).traced(plan))
 
     def _record(self, plan: Plan) -> MemoryRecord:
-        key = anonymous(plan)
+        key = self._traced_as(plan)
         if key not in self._records:
             if key in self._failures:
                 raise self._failures[key]

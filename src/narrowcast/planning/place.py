@@ -1,4 +1,4 @@
-"""Where a plan is for: a device at hand, on which steps are timed, or one that is only named."""
+"""Where a plan or a prediction is for: a device at hand, or one that is only named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Place", "place_named"]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A device to plan for."""
+    """A device to plan for: at hand, so that steps can be timed on it, or not."""
 
     target: str
     """By which name its peak is predicted: ``cpu``, or one of ``prediction.gpus``."""
@@ -30,14 +30,15 @@ class Place:
 def place_named(name: str | None) -> Place:
     """Return the device of this name: cpu, cuda, a GPU by its model, or the best one at hand.
 
-    Raises UnknownName with the nearest match, UsageError for a CUDA device that is absent or whose
-    kernels and sizes we do not know.
+    Capitals do not matter. Raises UnknownName with the nearest match, UsageError for a CUDA device
+    that is absent or whose kernels and sizes we do not know.
     """
-    if name in GPUS:
-        return Place(target=name, device=None)
-    if name is not None and name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UnknownName.of("device to plan for", name, ("cpu", "cuda", *GPUS))
-    device = device_at_hand(name)
+    known = name.lower() if name is not None else None
+    if known in GPUS:
+        return Place(target=known, device=None)
+    if known is not None and known.partition(":")[0] not in ("cpu", "cuda"):
+        raise UnknownName.of("device", str(name), ("cpu", "cuda", *GPUS))
+    device = device_at_hand(known)
     if device.type == "cpu":
         return Place(target="cpu", device=device)
     return Place(target=_model_of(device).name, device=device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,23 +17,22 @@ import torch
 
 from narrowcast.errors import NarrowcastError, UsageError
 from narrowcast.plan import Plan
-from narrowcast.planning.axes import effects_of, loss_of
-from narrowcast.planning.choice import Candidate, choose, frontier, worth_a_look
+from narrowcast.planning.axes import effects_of, loss_of, stores_loss_of
+from narrowcast.planning.choice import Candidate, choose, frontier, leagues, worth_a_look
 from narrowcast.planning.code import code_of, command_of
-from narrowcast.planning.peaks import Peaks, model_without_contents, with_data_at_hand
+from narrowcast.planning.peaks import Peaks, with_data_at_hand
 from narrowcast.planning.place import Place, place_named
 from narrowcast.planning.roofline import Roofline
-from narrowcast.planning.space import Space, candidates, policies_for, space_of
+from narrowcast.planning.space import candidates, plain_plan, policies_for
 from narrowcast.planning.speeds import Speeds, StepTimes
-from narrowcast.policy import Policy
+from narrowcast.planning.survey import survey
 from narrowcast.precision.device import environment
 from narrowcast.prediction.targets import target_named
-from narrowcast.prediction.trace import Stage
 from narrowcast.profiling import first_batch
 from narrowcast.recipes.load import Recipe, load_recipe, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.records.plan import PlanPoint, PlanRecord
-from narrowcast.units import format_bytes
+from narrowcast.units import format_bytes, format_duration
 
 __all__ = ["Planner", "plan_recipe"]
 
@@ -113,11 +112,19 @@ class Planner:
             torch.manual_seed(seed)
             data, batch = first_batch(self._recipe, recipe.batch_size, seed)
             self.peaks = Peaks(self._recipe, self._place.target, batch, say=say)
-            self.space = self._surveyed(policies, release=release)
-        first = Plan(name="first", policy=self.space.policies[0])
+            self.space = survey(
+                self._recipe,
+                self.peaks,
+                policies,
+                keep_batch=keep_batch,
+                release=release,
+                # What the bus costs is measured, and in no roofline.
+                offload=self._place.device is not None and self._place.device.type == "cuda",
+            )
+        self._notes += self.space.notes
         if self._place.device is not None:
             self._times = StepTimes(self._recipe, self._place.device, data, batch, say=say)
-            self._speeds: Speeds | Roofline = Speeds(self._times, first)
+            self._speeds: Speeds | Roofline = Speeds(self._times, plain_plan(self.space))
         else:
             self._speeds = Roofline(
                 self._recipe, self._place.target, batch, data=data,
@@ -142,40 +149,10 @@ class Planner:
             seconds=time.perf_counter() - began,
         )  # fmt: skip
 
-    def _surveyed(self, policies: tuple[Policy, ...], *, release: bool) -> Space:
-        stage = Stage()
-        model = model_without_contents(self._recipe, stage)
-        with stage:
-            space = space_of(
-                self._recipe,
-                model,
-                policies,
-                batch_size=self.peaks.batch_size,
-                keep_batch=self._keep_batch,
-                release=release,
-                # What the bus costs is measured, and in no roofline.
-                offload=self._place.device is not None and self._place.device.type == "cuda",
-            )
-        self._notes += space.notes
-        return self._without_idle_loss(space)
-
-    def _without_idle_loss(self, space: Space) -> Space:
-        """Leave the chunked loss out where it saves nothing, with all activations or the fewest."""
-        if len(space.losses) == 1:
-            return space
-        for activations in (space.activations[0], space.activations[-1]):
-            plan = Plan(name="trial", policy=space.policies[0], activations=activations)
-            whole = self.peaks.guess(plan, (1,))
-            if self.peaks.guess(replace(plan, loss="chunked"), (1,)) < 0.99 * whole:
-                return space
-        self._notes.append("chunked loss saves nothing here: the logits are a small part")
-        return replace(space, losses=space.losses[:1])
-
     def _estimated(self) -> dict[Plan, Candidate]:
         """Estimate peak and speed of every plan."""
         found = {}
-        plain = Plan(name="plain", policy=self.space.policies[0])
-        self.peaks.need(plain)  # what cannot be traced at all is one error, with the line
+        self.peaks.need(plain_plan(self.space))  # what cannot be traced at all is one error
         for plan in candidates(self.space):
             try:
                 size = self.peaks.guess(plan, self.space.micro_batches)
@@ -194,6 +171,7 @@ class Planner:
             seconds=self._speeds.of(plan),
             speed="estimated" if self._place.device is not None else "roofline",
             loss=loss_of(plan, batch_norm=batch_norm),
+            stores_loss=stores_loss_of(plan),
             levers=len(effects_of(plan, batch_norm=batch_norm)),
         )
 
@@ -216,7 +194,14 @@ class Planner:
                 return None
             self._known[plan] = replace(self._ranked[plan], bytes=need.bytes, traced=need.traced)
         known = self._known[plan]
-        return known if max(known.bytes, known.measured_bytes or 0) <= budget else None
+        return known if self._likely_need(known) <= budget else None
+
+    def _likely_need(self, known: Candidate) -> float:
+        """Return what a plan takes; unmeasured, by as much more as measured ones took more."""
+        if known.measured_bytes is not None:
+            return known.need
+        measured = [c for c in self._known.values() if c.measured_bytes is not None]
+        return known.bytes * statistics.median(c.need / c.bytes for c in measured or [known])
 
     def _finalists(self, budget: int) -> list[Candidate]:
         """Return plans that fit, measured where that can be.
@@ -230,18 +215,18 @@ class Planner:
 
         for _ in range(_WALKS):
             ranked = sorted(self._current(), key=lambda c: (c.seconds, c.loss, c.levers))
-            found = worth_a_look(ranked, fits, most=_FINALISTS, slack=_SLACK)
-            alone = next((c for c in ranked if c.levers == 1 and fits(c) is not None), None)
+            for league in leagues(ranked):
+                found = worth_a_look(league, fits, most=_FINALISTS, slack=_SLACK)
+                if found:
+                    break
+            alone = next((c for c in league if c.levers == 1 and fits(c) is not None), None)
             names = dict.fromkeys(c.plan for c in (*found, *([alone] if alone else [])))
             unmeasured = [plan for plan in names if self._known[plan].speed == "estimated"]
             if not unmeasured:
                 break
             self._measure(unmeasured)
         known = [c for c in self._known.values() if c.plan in names or c.speed == "measured"]
-        fitting = [c for c in known if fits(c) is not None]
-        if not fitting:
-            raise self._impossible(budget)
-        return fitting
+        return [c for c in known if fits(c) is not None] or [self._least(budget)]
 
     def _current(self) -> list[Candidate]:
         """Return every candidate with what is known of it by now."""
@@ -278,26 +263,54 @@ class Planner:
                 measured_bytes=measured.peak_bytes,
             )
 
-    def _impossible(self, budget: int) -> UsageError:
-        """Say which plan takes the least, and how much that is."""
+    def _least(self, budget: int) -> Candidate:
+        """Return the plan that takes the least, if it fits; raises UsageError with how much it is.
+
+        At hand its steps are taken, and should they take more than was predicted, it is another.
+        """
+        least = self._least_known()
+        while self._place.device is not None and least.speed != "measured":
+            self._measure([least.plan])
+            least = self._least_known()
+        if least.need > budget:
+            raise self._impossible(budget, least)
+        return least
+
+    def _least_known(self) -> Candidate:
         least: Candidate | None = None
         tried = 0
         for guess in sorted(self._ranked.values(), key=lambda c: c.bytes):
-            if least is not None and (tried == _LEAST_TRIED or guess.bytes > least.bytes * _GUESS):
+            if least is not None and (tried == _LEAST_TRIED or guess.bytes > least.need * _GUESS):
                 break
             settled = self._settled(guess, guess.bytes * 1000)
             if settled is not None:
                 tried += 1
-                least = settled if least is None else min(least, settled, key=lambda c: c.bytes)
+                least = settled if least is None else min(least, settled, key=lambda c: c.need)
         assert least is not None, "the plainest plan was traced before anything else"
+        return least
+
+    def _impossible(self, budget: int, least: Candidate) -> UsageError:
         batch = " while the batch is kept whole" if self._keep_batch else ""
+        known = "predicted" if least.measured_bytes is None else "measured"
+        if least.need > least.bytes:
+            known += f" where {least.bytes:,} were predicted"
         return UsageError(
             f"nothing trains {self._recipe.name} (batch {self.peaks.batch_size}) in "
-            f"{format_bytes(budget)}{batch}: the least that fits is {format_bytes(least.bytes)} "
-            f"({least.bytes:,} bytes), with {least.plan.name}",
+            f"{format_bytes(budget)}{batch}: the least that fits is {format_bytes(least.need)} "
+            f"({least.need:,} bytes, {known}), with {least.plan.name}",
             hint="allow that much, or choose a smaller model or batch with --set"
             + (", or leave --keep-batch out" if self._keep_batch else ""),
         )
+
+    def _passed_over(self, chosen: Candidate, budget: int) -> Iterator[str]:
+        """Name the plan that a roofline calls the fastest, if that was no reason to choose it."""
+        fits = [c for c in self._current() if c.bytes <= budget]
+        fastest = min((chosen, *fits), key=lambda c: c.seconds)
+        if fastest.speed == "roofline" and fastest.stores_loss > chosen.stores_loss:
+            yield (
+                f"{fastest.plan.name} would take {format_duration(fastest.seconds)} by the "
+                "roofline; its stores round more, and a bound alone is no reason to choose them"
+            )
 
     def _record(
         self, chosen: Candidate, budget: int, *, noise: float, why: str, command: str,
@@ -321,7 +334,7 @@ class Planner:
             traced=self.peaks.traced,
             measured=sum(c.speed == "measured" for c in everything),
             noise=noise,
-            notes=tuple(self._notes),
+            notes=(*self._notes, *self._passed_over(chosen, budget)),
             command=command,
             code=code_of(chosen.plan, optimizer),
             device=self._place.name,

@@ -72,7 +72,8 @@ class Roofline:
 
     def of(self, plan: Plan) -> float:
         """Return a bound on the seconds of a step."""
-        bare = replace(anonymous(plan), weights=OWN, states=OWN, gradients="keep", micro_batches=1)
+        alone = replace(plan, weights=OWN, states=OWN, gradients="keep", micro_batches=1)
+        bare = anonymous(self._target.traced(alone))
         if bare not in self._works:
             self._say(f"counting the operations of {short(bare)}")
             self._works[bare] = self._computing(bare)
@@ -96,10 +97,9 @@ class Roofline:
         stage = self._target.stage()
         model = model_without_contents(self._recipe, stage)
         self._elements = sum(p.numel() for p in model.parameters())
-        traced = self._target.traced(plan)
         with stage:
             bench = Bench.of(
-                self._recipe, traced, _CPU, data=self._data, batch=stage.fake(self._batch),
+                self._recipe, plan, _CPU, data=self._data, batch=stage.fake(self._batch),
                 model=model, stepping=stage.stepping,
             )  # fmt: skip
             model.train()

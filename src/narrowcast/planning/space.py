@@ -16,19 +16,29 @@ from narrowcast.activations.blocks import repeated_blocks
 from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import NarrowcastError, UnsupportedPrecision, UsageError
 from narrowcast.loss.heads import chunked_logits
-from narrowcast.plan import AUTO_BLOCKS, OWN, STATES, WEIGHTS, ActivationRule, Plan, plan_named
-from narrowcast.planning.axes import named
+from narrowcast.plan import (
+    AUTO_BLOCKS,
+    EVERYWHERE,
+    OWN,
+    STATES,
+    WEIGHTS,
+    ActivationRule,
+    Plan,
+    plan_named,
+)
+from narrowcast.planning.axes import NORMS, named
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import prepare_model
 from narrowcast.prediction.targets import Target
 from narrowcast.recipes.load import Recipe
 
-__all__ = ["Space", "candidates", "policies_for", "space_of"]
+__all__ = ["REMAKE", "Space", "candidates", "plain_plan", "policies_for", "space_of"]
 
 Rules = tuple[ActivationRule, ...]
 
 CHECKPOINT: Rules = (ActivationRule(modules=AUTO_BLOCKS, lever="checkpoint"),)
 OFFLOAD: Rules = (ActivationRule(modules=AUTO_BLOCKS, lever="offload"),)
+REMAKE: Rules = (ActivationRule(modules=EVERYWHERE, lever="remake"),)
 _BY_DEFAULT = ("fp32", "tf32", "bf16", "bf16-split")
 # Neighbours in size differ by at least this, so that a batch with many divisors gives few choices.
 _WIDEST = 1.5
@@ -53,8 +63,14 @@ class Space:
 def policies_for(target: Target, precisions: Sequence[str]) -> tuple[Policy, ...]:
     """Return the policies of these precisions; ``auto`` is all that the device is good at.
 
-    Raises UnknownName, and UnsupportedPrecision for one that was asked for by its name.
+    Raises UsageError for none, UnknownName, and UnsupportedPrecision for one that was asked for by
+    its name.
     """
+    if not precisions:
+        raise UsageError(
+            "no precision was named, and one has to be chosen",
+            hint="name some, such as --precisions fp32,bf16, or leave it at auto",
+        )
     found: dict[tuple[str, str], Policy] = {}
     for name in _expanded(target, precisions):
         policy = target.plan(plan_named(name))[0].policy
@@ -124,6 +140,7 @@ def _has_stores(recipe: Recipe, model: nn.Module, notes: list[str]) -> bool:
 
 def _activations(model: nn.Module, notes: list[str], *, offload: bool) -> Iterator[Rules]:
     yield ()
+    yield REMAKE
     try:
         blocks = repeated_blocks(model)
     except UsageError as error:
@@ -135,6 +152,7 @@ def _activations(model: nn.Module, notes: list[str], *, offload: bool) -> Iterat
     if offload:
         yield OFFLOAD
         yield (*CHECKPOINT, *OFFLOAD)
+    yield (*CHECKPOINT, *REMAKE)
 
 
 def _losses(model: nn.Module, notes: list[str]) -> tuple[str, ...]:
@@ -167,7 +185,7 @@ def candidates(space: Space) -> list[Plan]:
                     "weights": weights,
                     "states": states,
                     "gradients": gradients,
-                    "activations": activations,
+                    "activations": _with_norms(policy, activations),
                     "loss": loss,
                     "micro_batches": parts,
                 }
@@ -175,6 +193,16 @@ def candidates(space: Space) -> list[Plan]:
                 if plan is not None and plan not in found:
                     found[plan] = None
     return list(found)
+
+
+def plain_plan(space: Space, rules: Rules = ()) -> Plan:
+    """Return the plan of the first policy that changes nothing but its activations."""
+    policy = space.policies[0]
+    return Plan(name="plain", policy=policy, activations=_with_norms(policy, rules))
+
+
+def _with_norms(policy: Policy, rules: Rules) -> Rules:
+    return (*rules, *NORMS) if policy.param == "bf16" else rules
 
 
 def _plan(policy: Policy, changes: dict[str, object]) -> Plan | None:

@@ -28,7 +28,7 @@ from narrowcast.data import MapDataset
 from narrowcast.engine.stores import planned_optimizer
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.plan import OWN, Plan
-from narrowcast.planning.axes import anonymous, short
+from narrowcast.planning.axes import NORMS, anonymous, short
 from narrowcast.precision.cast import numeric_settings
 from narrowcast.profiling import Bench
 from narrowcast.recipes.load import Recipe
@@ -160,13 +160,19 @@ class Speeds:
         plan = anonymous(plan)
         if plan in self._steps:
             return self._steps[plan]
-        plain = replace(self._first, policy=plan.policy)
-        seconds = self._computing(plain)
-        for field in ("activations", "loss", "micro_batches"):
-            value = getattr(plan, field)
-            if value != getattr(plain, field):
-                seconds *= self._ratio(field, value)
+        seconds = self._computing(self._plain(plan))
+        rules = tuple(rule for rule in plan.activations if rule not in NORMS)
+        if rules:
+            seconds *= self._ratio("activations", (*rules, *self._first.activations))
+        for field in ("loss", "micro_batches"):
+            if getattr(plan, field) != getattr(self._first, field):
+                seconds *= self._ratio(field, getattr(plan, field))
         return seconds + self._update(plan)
+
+    def _plain(self, plan: Plan) -> Plan:
+        """Return the plan without levers, but for the norms that its weights always have."""
+        norms = tuple(rule for rule in plan.activations if rule in NORMS)
+        return replace(self._first, policy=plan.policy, activations=norms)
 
     def note(self, plan: Plan, seconds: float) -> None:
         """Replace the estimate of a plan by what whole steps of it took."""

@@ -45,6 +45,17 @@ def _reduced_loss(result: Tensor, *operands: Any, **_: Any) -> Tensor:
     return result.new_empty(max(elementwise.numel(), 1)).as_strided((), ())
 
 
+def _unfolded(result: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Give the result the storage of the input where that is larger.
+
+    It begins as ``empty_like(input)`` and is resized (ATen/native/Im2Col.cpp, Col2Im.cpp).
+    """
+    if x.numel() <= result.numel():
+        return result
+    stretch = torch.empty_like(result, memory_format=torch.contiguous_format).stride()
+    return x.new_empty(x.numel()).as_strided(result.shape, stretch)
+
+
 def _normalised(result: tuple[Tensor, ...], x: Tensor, *others: Any, **_: Any) -> Any:
     """Keep the statistics of a 16-bit input in fp32 if weights or running statistics are.
 
@@ -120,6 +131,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _aten.smooth_l1_loss.default: _reduced_loss,
     _aten.soft_margin_loss.default: _reduced_loss,
     _aten.binary_cross_entropy.default: _reduced_loss,
+    _aten.im2col.default: _unfolded,
+    _aten.col2im.default: _unfolded,
     _aten.native_batch_norm.default: _normalised,
     _aten._native_batch_norm_legit.default: _normalised,
     _aten._native_batch_norm_legit.no_stats: _normalised,

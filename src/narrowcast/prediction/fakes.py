@@ -30,7 +30,8 @@ def modules_of_fakes() -> Iterator[None]:
 
     ``Module._apply`` swaps fake tensors, which an optimizer's reference forbids: here it sets
     ``data``. What torch makes of a deep copy has two storages, its own and its views', and all
-    addresses are 0.
+    addresses are 0. And ``torch.tensor(1.0)`` keeps its number beside it, of which views are made
+    ever after, whatever format a parameter has by then: no parameter keeps one.
     """
     original: Callable[..., nn.Module] = nn.Module._apply
 
@@ -48,8 +49,15 @@ def modules_of_fakes() -> Iterator[None]:
                 module._buffers[key] = buffer if buffer is None else convert(buffer)
         return module
 
+    register: Callable[..., None] = nn.Module.register_parameter
+
+    def register_without_number(module: nn.Module, name: str, param: Tensor | None) -> None:
+        if isinstance(param, FakeTensor):
+            param.constant = None
+        register(module, name, param)
+
     with (
-        _replaced(nn.Module, _apply=apply),
+        _replaced(nn.Module, _apply=apply, register_parameter=register_without_number),
         _replaced(FakeTensor, __deepcopy__=_deep_copy, data_ptr=_address),
     ):
         yield

@@ -40,6 +40,7 @@ from narrowcast.memory.storages import Holding
 from narrowcast.prediction.fakes import modules_of_fakes, work_that_differs
 from narrowcast.prediction.recall import Recall
 from narrowcast.prediction.sight import taken_beside
+from narrowcast.prediction.sparse import sparse_rule
 from narrowcast.profiling import Bench
 from narrowcast.user_code import user_traceback
 
@@ -130,6 +131,9 @@ class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _READ and self.open.depth and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return dtype is torch.bool or (0.5 if dtype.is_floating_point else 1)
+        rule = sparse_rule(func, args)
+        if rule is not None:
+            return rule(*args, **(kwargs or {}))
         return self._recall.call(func, args, kwargs or {})
 
 

@@ -112,6 +112,11 @@ class RunRecord:
     batch_size: int
     accumulate: int = 1
     clip_norm: float | None = None
+    parallel: str = ""
+    """How several processes shared the work: "ddp"; empty for one process."""
+    ranks: int = 1
+    rank_peak_bytes: tuple[int, ...] = ()
+    """The peak of each rank, where there are several and their memory was measured."""
     deterministic: bool = True
     """Whether only kernels that repeat their bits were allowed."""
     perturbation: str = ""

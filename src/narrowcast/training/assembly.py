@@ -12,17 +12,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from narrowcast import __version__
+from narrowcast.activations.rules import load_rounding_state, rounding_state
 from narrowcast.data import BatchStream, evaluation_batches, to_device
 from narrowcast.engine.engine import Engine
 from narrowcast.engine.stores import planned_optimizer
-from narrowcast.errors import UsageError
+from narrowcast.errors import ParallelError, UsageError
+from narrowcast.parallel.peers import ALONE, Peers, Ranks
+from narrowcast.parallel.replicas import LossFunction, Replicas
 from narrowcast.plan import Plan
 from narrowcast.policy import POLICIES
-from narrowcast.precision.cast import numeric_settings
+from narrowcast.precision.cast import numeric_settings, torch_dtype
 from narrowcast.randomness import isolated, seed_everything
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
@@ -38,7 +41,9 @@ __all__ = [
     "batch_digest",
     "data_digest",
     "identity_of",
+    "round_apart",
     "steps_of",
+    "stream_of",
 ]
 
 
@@ -85,9 +90,17 @@ class Assembly:
     optimizer: Optimizer
     stream: BatchStream
     evaluation_data: Any
+    replicas: Replicas | None
+    """The model on several ranks."""
+    peers: Peers
     initial_weights_hash: str
     """Of all weights and buffers, in fp32, before the policy's cast and after a perturbation."""
     perturbation: str
+
+    @property
+    def compute_loss(self) -> LossFunction:
+        """The recipe's loss; on several ranks with gradients that meet."""
+        return (self.replicas or self.recipe).compute_loss
 
 
 def steps_of(recipe: Recipe, options: TrainOptions) -> int:
@@ -95,10 +108,18 @@ def steps_of(recipe: Recipe, options: TrainOptions) -> int:
     return options.steps or recipe.steps
 
 
-def assemble(recipe: Recipe, plan: Plan, options: TrainOptions, device: torch.device) -> Assembly:
+def assemble(
+    recipe: Recipe,
+    plan: Plan,
+    options: TrainOptions,
+    device: torch.device,
+    peers: Peers = ALONE,
+) -> Assembly:
     """Build every part, and leave the random states seeded for training.
 
-    Raises DataError for empty data, RecipeError for what the recipe does wrong.
+    With `peers` all ranks have the same weights, and each its share of every batch and a random
+    stream of its own. Raises DataError for empty data, RecipeError for what the recipe does wrong,
+    ParallelError if it builds other weights on another rank.
     """
     seed_everything(options.seed, "data")
     training_data, evaluation_data = recipe.load_data()
@@ -114,6 +135,7 @@ def assemble(recipe: Recipe, plan: Plan, options: TrainOptions, device: torch.de
             on_cpu = to_device(batch, "cpu")
             perturbation = perturb(model, recipe.compute_loss, on_cpu, seed=options.seed)
     fingerprint = checkpoint.fingerprint(model.state_dict())
+    _require_same_start(fingerprint, peers)
     model.to(device)
     optimizer = planned_optimizer(recipe.build_optimizer(model), model, plan)
     engine = Engine(
@@ -124,20 +146,63 @@ def assemble(recipe: Recipe, plan: Plan, options: TrainOptions, device: torch.de
         accumulate=options.accumulate,
         clip_norm=options.clip_norm,
         device=device,
+        peers=peers,
     )
     stream = BatchStream(
-        training_data, recipe.batch_size, seed=options.seed, collate=recipe.collate
+        training_data,
+        recipe.batch_size,
+        seed=options.seed,
+        collate=recipe.collate,
+        share=(peers.rank, peers.size),
     )
-    seed_everything(options.seed, "training")
+    round_apart(model, peers.rank)
+    seed_everything(options.seed, stream_of(peers.rank))
     return Assembly(
         recipe=recipe,
         engine=engine,
         optimizer=optimizer,
         stream=stream,
         evaluation_data=evaluation_data,
+        replicas=_replicas(recipe, engine, peers),
+        peers=peers,
         initial_weights_hash=fingerprint,
         perturbation=perturbation,
     )
+
+
+def _replicas(recipe: Recipe, engine: Engine, peers: Peers) -> Replicas | None:
+    if not isinstance(peers, Ranks):
+        return None
+    reduce = torch_dtype(engine.policy.reduce)
+    return Replicas(
+        engine.model, recipe.compute_loss, peers, reduce=reduce, meets=engine.meets_next
+    )
+
+
+def stream_of(rank: int) -> str:
+    """Name the random stream that a rank trains on; rank 0's is that of a single process."""
+    return f"training on rank {rank}" if rank else "training"
+
+
+def round_apart(model: nn.Module, rank: int) -> None:
+    """Let lossy levers round on this rank otherwise than on rank 0, whose state the model has.
+
+    Equal roundings on all ranks would not average out over them.
+    """
+    state = rounding_state(model)
+    if state and rank:
+        load_rounding_state(model, {**state, "seed": state["seed"] + (rank << 32)})
+
+
+def _require_same_start(fingerprint: str, peers: Peers) -> None:
+    others = peers.gather(fingerprint)
+    differing = [rank for rank, other in enumerate(others) if other != others[0]]
+    if differing:
+        raise ParallelError(
+            f"model(options) made other weights on rank {differing[0]} than on rank 0",
+            hint="draw weights from torch's, numpy's or Python's global random states only, which "
+            "are seeded alike on every rank",
+        )
 
 
 def data_digest(recipe: Recipe, seed: int) -> str:

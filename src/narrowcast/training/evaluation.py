@@ -8,11 +8,12 @@ its own and never changes what the training does next.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from narrowcast.data import evaluation_batches, to_device
 from narrowcast.engine.engine import Engine
 from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import CheckpointError, RecipeError
+from narrowcast.parallel.peers import ALONE, Peers
 from narrowcast.plan import OWN, Plan
 from narrowcast.precision.device import environment
 from narrowcast.randomness import isolated, seed_everything
@@ -75,28 +77,36 @@ def evaluate_model(
     step: int,
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
+    peers: Peers = ALONE,
 ) -> tuple[Evaluation, ...]:
     """Evaluate in fp32 and, where that is something else, in the policy's precision.
 
     Metric "loss" always exists: the recipe's loss, averaged over samples. The samples are hashed on
-    the way (see ``Evaluation.data_hash``). Returns nothing if asked to stop on the way. Raises
-    DataError for an empty dataset.
+    the way (see ``Evaluation.data_hash``). Returns nothing if asked to stop on the way. Several
+    ranks share the batches, and each adds all of them up, in their order. Raises DataError for an
+    empty dataset.
     """
     precisions: tuple[Literal["fp32", "training"], ...] = ("fp32", "training")
     if engine.policy.compute == "fp32":
         precisions = ("fp32",)
     found: list[Evaluation] = []
     samples = hashlib.sha256()
+    share = (peers.rank, peers.size)
     for precision in precisions:
-        sums = _Sums()
+        own: list[_Batch] = []
         with isolated(seed, "evaluation"), engine.evaluating(precision) as label:
-            for ids, batch in evaluation_batches(dataset, recipe.batch_size, recipe.collate):
+            for ids, batch in evaluation_batches(dataset, recipe.batch_size, recipe.collate, share):
                 if should_stop():
                     return ()
-                if not found:  # the second pass sees the same ones
-                    samples.update(batch_digest(batch).encode())
+                # The second pass sees the same samples.
+                digest = "" if found else batch_digest(batch)
                 on_device = to_device(batch, engine.device)
-                sums = sums.plus(_measure(recipe, engine.model, on_device, len(ids)), len(ids))
+                values = _measure(recipe, engine.model, on_device, len(ids))
+                own.append(_Batch(len(ids), values, digest))
+        sums = _Sums()
+        for each in _in_order(peers.gather(own)):
+            samples.update(each.digest.encode())
+            sums = sums.plus(each.values, each.examples)
         found.append(
             Evaluation(
                 step=step,
@@ -107,6 +117,20 @@ def evaluate_model(
             )
         )
     return tuple(found)
+
+
+class _Batch(NamedTuple):
+    """What one batch gave: sums over its samples, and their hash."""
+
+    examples: int
+    values: dict[str, float]
+    digest: str
+
+
+def _in_order(of_ranks: list[list[_Batch]]) -> Iterator[_Batch]:
+    """Yield the batches that ranks took in turn, in the order of the dataset."""
+    for turn in itertools.zip_longest(*of_ranks):
+        yield from (batch for batch in turn if batch is not None)
 
 
 def evaluate_weights(

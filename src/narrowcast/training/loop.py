@@ -27,11 +27,11 @@ import torch
 from narrowcast.data import split_batch, to_device
 from narrowcast.errors import NarrowcastError, PrecisionError, RunDirectoryError
 from narrowcast.precision.device import environment, warnings_before_run
-from narrowcast.randomness import isolated, random_state, restore_random_state
+from narrowcast.randomness import isolated
 from narrowcast.records.codec import from_json, to_json
 from narrowcast.records.run import RunRecord, Status, StepPoint
 from narrowcast.training import checkpoint
-from narrowcast.training.assembly import Assembly, TrainOptions, steps_of
+from narrowcast.training.assembly import Assembly, TrainOptions, round_apart, steps_of
 from narrowcast.training.budget import budget_not_kept
 from narrowcast.training.early_steps import EarlySteps, PeakMemory
 from narrowcast.training.evaluation import evaluate_model, restored_notes
@@ -45,6 +45,16 @@ from narrowcast.training.model_state import (
     shapes_of_buffers,
 )
 from narrowcast.training.progress import Progress
+from narrowcast.training.ranks import (
+    NoMetrics,
+    gathered_streams,
+    kind_of,
+    require_same_weights,
+    restore_streams,
+    resumed_record,
+    shared_notes,
+    with_peaks,
+)
 from narrowcast.training.run_directory import MetricsLog, RunDirectory
 from narrowcast.training.step import Watching, take_step
 
@@ -89,17 +99,18 @@ class Run:
         """Parts of a batch that the step under way has still to take, the next one last."""
         self.saved: tuple[int, int] | None = None
         """Step and number of evaluations of the newest checkpoint."""
+        self.peers = parts.peers
         self.record: RunRecord
         self.peak: PeakMemory
-        self.metrics: MetricsLog
+        self.metrics: MetricsLog | NoMetrics
 
     def begin(self, record: RunRecord, warnings: tuple[str, ...]) -> None:
         """Start at step 0."""
         self.record = record
         self.peak = PeakMemory(self.engine.device, None)
-        self.metrics = MetricsLog(self.place.metrics_path)
+        self.metrics = MetricsLog(self.place.metrics_path) if self.peers.is_main else NoMetrics()
         engine = self.engine
-        told = (*engine.notes, *engine.levers.notes, *self.lookout.notes)
+        told = (*engine.notes, *engine.levers.notes, *self.lookout.notes, *shared_notes(self.parts))
         for text in (*warnings, *told, *self._cautions()):
             self.notice(text)
 
@@ -107,14 +118,17 @@ class Run:
         """Start where a checkpoint was written."""
         load_model_state(self.engine.model, state, self.engine.device)
         self.engine.load_state_dict(state["engine"])
+        round_apart(self.engine.model, self.peers.rank)
         self.parts.stream.load_state_dict(state["stream"])
         self.step = state["step"]
         record = from_json(RunRecord, state["record"])
-        self.record = replace(record, resumed_at=(*record.resumed_at, self.step))
+        self.record = resumed_record(record, self.step, self.peers)
         self.saved = (self.step, len(record.evaluations))
         self.peak = PeakMemory(self.engine.device, record.peak_bytes)
-        self.metrics = MetricsLog(self.place.metrics_path, position=state["metrics_bytes"])
-        self.progress = Progress.of(self.place.read_metrics())
+        self.metrics = NoMetrics()
+        if self.peers.is_main:
+            self.metrics = MetricsLog(self.place.metrics_path, position=state["metrics_bytes"])
+            self.progress = Progress.of(self.place.read_metrics())
         there, here = record.environment, environment(self.engine.device)
         for what in ("device_name", "platform", "commit"):
             before, now = getattr(there, what), getattr(here, what)
@@ -123,17 +137,19 @@ class Run:
                     f"{what} was {before!r} and is {now!r} from step {self.step} on: "
                     "what rounds differently there makes the run another one"
                 )
-        self.place.write_record(self.record)  # a reader sees at once that it is running again
-        restore_random_state(state["random"])
+        self._write_record()  # a reader sees at once that it is running again
+        told = restore_streams(state, self.peers, seed=self.options.seed)
+        if told:
+            self.notice(told)
 
     def to_the_end(self, stop_at: int | None) -> RunRecord:
         """Take the remaining steps, keeping the record true however it ends."""
 
         def should_stop() -> bool:
-            return self.interruption.requested or self.step == stop_at
+            return self.peers.any(self.interruption.requested) or self.step == stop_at
 
         try:
-            with self.interruption.listening():
+            with self.peers.failing_together(), self.interruption.listening():
                 self._loop(should_stop)
                 finished = self.step == self.steps and not self._evaluation_is_due()
                 if finished:
@@ -146,7 +162,7 @@ class Run:
             raise
         except BaseException as error:
             reason = error.message if isinstance(error, NarrowcastError) else repr(error)
-            self.record = replace(self.record, failure_kind=type(error).__name__)
+            self.record = replace(self.record, failure_kind=kind_of(error))
             self._conclude_as_well_as_possible("failed", reason)
             raise
         # Told when Ctrl-C has its usual meaning again: none that comes while we end gets lost.
@@ -183,14 +199,18 @@ class Run:
 
     def _evaluate(self, should_stop: Callable[[], bool]) -> None:
         self.peak.look()
+        self.peers.take_from_main(list(self.engine.model.buffers()))
         found = evaluate_model(
             self.parts.recipe,
             self.engine,
             self.parts.evaluation_data,
             step=self.step,
             seed=self.options.seed,
-            should_stop=should_stop,
+            should_stop=should_stop if self.peers.size == 1 else lambda: False,
+            peers=self.peers,
         )
+        if self.parts.replicas is not None:
+            self.parts.replicas.renew()
         self.peak.forget()
         self.record = replace(self.record, evaluations=(*self.record.evaluations, *found))
         self.metrics.append(*found)
@@ -209,12 +229,13 @@ class Run:
         with self.early.memory(step):
             outcome = take_step(
                 self.engine,
-                self.parts.recipe.compute_loss,
+                self.parts.compute_loss,
                 self._next_micro_batch,
                 path=self.parts.recipe.path,
                 watching=self._watching(step),
             )
         seconds = time.perf_counter() - began
+        outcome = replace(outcome, losses=tuple(map(self.peers.mean, outcome.losses)))
         self.step = step
         self._add_measurements(step)
         if step == 1:
@@ -284,13 +305,24 @@ class Run:
         state_now = (self.step, len(self.record.evaluations))
         if self.saved != state_now:
             self.peak.look()
-            path = checkpoint.save(
-                self.place.checkpoints, self._state(), step=self.step, identity=self.identity
-            )
+            require_same_weights(self.engine.model, self.peers, self.step)
+            self.record = with_peaks(self.record, self.peers)
+            streams = gathered_streams(self.peers)
+            if self.peers.is_main:
+                self._write_checkpoint(streams)
             self.peak.forget()
             self.saved = state_now
-            self.observe(Saved(step=self.step, path=path))
-        self.place.write_record(self.record)
+        self._write_record()
+
+    def _write_checkpoint(self, streams: dict[str, Any]) -> None:
+        state = self._state() | streams
+        place = self.place.checkpoints
+        path = checkpoint.save(place, state, step=self.step, identity=self.identity)
+        self.observe(Saved(step=self.step, path=path))
+
+    def _write_record(self) -> None:
+        if self.peers.is_main:
+            self.place.write_record(self.record)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -298,7 +330,6 @@ class Run:
             **model_state(self.engine.model),
             "engine": self.engine.state_dict(),
             "stream": self.parts.stream.state_dict(),
-            "random": random_state(),
             "metrics_bytes": self.metrics.make_durable(),
             "threads": torch.get_num_threads(),
             "record": to_json(self.record),
@@ -326,6 +357,8 @@ class Run:
                 f"at loss scale {last.loss_scale:g}",
                 hint="train for more steps, so that the loss scale can come down, or in bf16",
             )
+        if not self.peers.is_main:
+            return
         weights = self.engine.weights()
         checkpoint.save_weights(
             self.place.weights_path,
@@ -354,7 +387,7 @@ class Run:
             failure=failure,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        self.place.write_record(self.record)
+        self._write_record()
 
     def _conclude_as_well_as_possible(self, status: Status, failure: str) -> None:
         """Record how the run ended; a disk that is full stays the first error's business."""

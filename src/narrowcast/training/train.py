@@ -6,9 +6,10 @@ of threads, the determinism switches. The loop itself is in ``loop``.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 from narrowcast.errors import CheckpointError, RunDirectoryError
+from narrowcast.parallel.peers import ALONE, Peers
+from narrowcast.parallel.together import Together
 from narrowcast.plan import Plan
 from narrowcast.precision.device import environment, require
 from narrowcast.randomness import isolated
@@ -28,6 +31,7 @@ from narrowcast.training.determinism import deterministic, thread_count
 from narrowcast.training.events import Ended, Notice, Observer, ignore
 from narrowcast.training.loop import Run
 from narrowcast.training.run_directory import RunDirectory
+from narrowcast.training.state_tree import leaves
 
 __all__ = ["TrainOptions", "train"]
 
@@ -45,6 +49,7 @@ def train(
     budget_bytes: int | None = None,
     notes: Sequence[str] = (),
     command: str = "",
+    together: Together | None = None,
 ) -> RunRecord:
     """Train, and leave everything in `directory`; returns the record that run.json holds.
 
@@ -54,7 +59,8 @@ def train(
     once. The caller's random states, threads and determinism switches are given back.
 
     `budget_bytes` is what the peak is to stay within: it is recorded, and a peak above it is told.
-    `notes` are told and recorded when the run begins.
+    `notes` are told and recorded when the run begins. `together` are the ranks that train with
+    this one; rank 0 alone writes, and the others must see its directory to resume.
 
     A run that fails leaves status "failed" and the reason in run.json, and raises: PrecisionError
     if the numbers broke, RecipeError or DataError for the recipe's mistakes, RunDirectoryError if
@@ -63,12 +69,14 @@ def train(
     require(plan.policy, device)
     place = RunDirectory(Path(directory))
     with ExitStack() as stack:
-        warnings = stack.enter_context(place.lock())
+        is_main = together is None or together.is_main
+        warnings = stack.enter_context(place.lock()) if is_main else ()
         identity = identity_of(recipe, plan, options, device)
-        saved = _saved_state(place, identity) if resume else None
-        if not resume:
+        saved = _saved_state(place, identity, is_main=is_main) if resume else None
+        if not resume and is_main:
             place.refuse_another_run()
-        elif saved and (finished := _finished(place)):
+        peers = stack.enter_context(_met(together, identity, options, saved, device))
+        if saved and (finished := _finished(place)):
             observe(Notice(text=f"{place.path} is finished: there is nothing left to do"))
             observe(Ended(record=finished))
             return finished
@@ -76,7 +84,7 @@ def train(
         stack.enter_context(thread_count(saved["threads"] if saved else torch.get_num_threads()))
         if options.deterministic:
             stack.enter_context(deterministic())
-        parts = assemble(recipe, plan, options, device)
+        parts = assemble(recipe, plan, options, device, peers)
         run = Run(parts, options, place, identity, observe)
         stack.callback(run.close)
         if saved is None:
@@ -90,10 +98,33 @@ def train(
         return run.to_the_end(stop_at)
 
 
-def _saved_state(place: RunDirectory, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _met(
+    together: Together | None,
+    identity: dict[str, Any],
+    options: TrainOptions,
+    saved: dict[str, Any] | None,
+    device: torch.device,
+) -> AbstractContextManager[Peers]:
+    """Meet the other ranks, if there are any, once all want to go on with the same training."""
+    if together is None:
+        return nullcontext(ALONE)
+    wanted = {
+        **leaves(identity),
+        **asdict(options),
+        "python": platform.python_version(),
+        "goes on from step": saved["step"] if saved else None,
+    }
+    return together.meet(wanted, device)
+
+
+def _saved_state(
+    place: RunDirectory, identity: dict[str, Any], *, is_main: bool
+) -> dict[str, Any] | None:
     """Load the newest checkpoint, or None where no run has begun, or none got as far as that."""
     if checkpoint.checkpoints_in(place.checkpoints):
         return checkpoint.load_latest(place.checkpoints, identity=identity)
+    if not is_main:
+        return None
     if place.holds_a_run():
         _require_unbegun(place, identity)
     else:
@@ -168,6 +199,8 @@ def _new_record(parts: Assembly, options: TrainOptions, command: str) -> RunReco
         batch_size=parts.stream.batch_size,
         accumulate=options.accumulate,
         clip_norm=options.clip_norm,
+        parallel=parts.peers.kind,
+        ranks=parts.peers.size,
         deterministic=options.deterministic,
         perturbation=parts.perturbation,
         initial_weights_hash=parts.initial_weights_hash,

@@ -1,0 +1,159 @@
+"""DDP: every rank holds the whole model, and gradients are added up while backward runs.
+
+What torch's DDP wraps is the recipe's loss with the model inside of it, and not the model: a loss
+may then call any method of the model, as often as it likes.
+
+Gradients meet in the policy's reduction format, fp32 by default: bf16 gradients are widened,
+summed and rounded once. They are not divided by the number of ranks: the engine starts backward
+from the rank's share of the mean, as it does with a micro-batch, so that fp16 gradients on the way
+overflow and underflow where those of one process do.
+
+DDP is told to look for unused parameters, for two reasons. A parameter that takes no part keeps its
+gradient None, as it does in one process; and the buckets stay what they are from the first step on,
+where DDP would rearrange them after it. With three and more ranks the order of a sum depends on its
+place in a bucket, so that a resumed run could not be exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from narrowcast.errors import UsageError
+from narrowcast.parallel.peers import Ranks
+
+__all__ = ["LossFunction", "Replicas"]
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class _Loss(nn.Module):
+    """A loss function as a module, so that DDP sees where a forward pass begins and ends."""
+
+    def __init__(self, model: nn.Module, compute_loss: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self._compute_loss = compute_loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._compute_loss(self.model, batch)
+
+
+class Replicas:
+    """A model on every rank, and the loss whose gradients meet."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compute_loss: LossFunction,
+        ranks: Ranks,
+        *,
+        reduce: torch.dtype,
+        meets: Callable[[], bool],
+    ) -> None:
+        """`reduce` is the format of sums; `meets` says if the pass to come ends a step."""
+        _require_dense(model)
+        self._meets = meets
+        self._ranks = ranks
+        self._shared = _marks(model)
+        self._loss = _Loss(model, compute_loss)
+        self._reduce = reduce
+        self._ddp = self._wrapped()
+        ranks.before_parting.append(self._let_go)
+
+    def renew(self) -> None:
+        """Wrap the model again, once something has put other tensors into its parameters.
+
+        An evaluation in fp32 does so where weights are 16-bit. Autograd then forgets where a
+        gradient was to go, and DDP, which had listened there, would hear of none (torch 2.13).
+        """
+        if any(p.element_size() < 4 for p in self._loss.model.parameters()):
+            self._let_go()
+            self._ddp = self._wrapped()
+
+    def _wrapped(self) -> DistributedDataParallel:
+        ddp = DistributedDataParallel(
+            self._loss,
+            broadcast_buffers=False,  # see _share_buffers
+            init_sync=False,  # weights were compared: unequal ones are an error
+            gradient_as_bucket_view=True,
+            find_unused_parameters=True,
+        )
+        ddp.register_comm_hook(None, _summing(self._reduce))
+        return ddp
+
+    def compute_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return this rank's loss; its backward pass adds up gradients if it ends a step."""
+        meets = self._meets()
+        self._ddp.require_backward_grad_sync = meets  # what DDP.no_sync() sets
+        if meets:
+            self._share_buffers(model)
+        loss: Tensor = self._ddp(batch)
+        return loss
+
+    def _share_buffers(self, model: nn.Module) -> None:
+        """Make buffers what they are on rank 0, as DDP does, but only those that were written to.
+
+        DDP sends all of them at every step, and knows fewer dtypes.
+        """
+        marks = _marks(model)
+        if not marks:
+            return
+        written = [mark not in self._shared for mark in marks]
+        somewhere = self._ranks.any_of_each(written)
+        chosen = [b for b, is_it in zip(model.buffers(), somewhere, strict=True) if is_it]
+        self._ranks.take_from_main(chosen)
+        self._shared = _marks(model)
+
+    def _let_go(self) -> None:
+        """Free DDP's reducer, so that it is not the last to hold the process group.
+
+        It would end the group's threads while it holds Python's lock, which one of them may be
+        waiting for: both then wait for ever (seen with torch 2.13).
+        """
+        for name in ("reducer", "logger"):
+            vars(self._ddp).pop(name, None)
+
+
+def _marks(model: nn.Module) -> list[tuple[int, int]]:
+    """Return what tells each buffer, and whether it was written to."""
+    return [(id(buffer), buffer._version) for buffer in model.buffers()]
+
+
+def _summing(
+    reduce: torch.dtype,
+) -> Callable[[Any, GradBucket], torch.futures.Future[Tensor]]:
+    """Return the hook that makes a bucket its sum over the ranks, summed in a format."""
+
+    def hook(_: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        own = bucket.buffer()
+        summed = own.to(reduce)
+        work = dist.all_reduce(summed, async_op=True)
+        assert work is not None
+
+        def back(done: torch.futures.Future[Any]) -> Tensor:
+            total: Tensor = done.value()[0]
+            return total if total.data_ptr() == own.data_ptr() else own.copy_(total)
+
+        future: torch.futures.Future[Tensor] = work.get_future().then(back)
+        return future
+
+    hook.__annotations__.clear()  # DDP compares them with types, and here they are strings
+    return hook
+
+
+def _require_dense(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True and isinstance(
+            module, nn.Embedding | nn.EmbeddingBag
+        ):
+            raise UsageError(
+                f"{name or 'the model'} makes sparse gradients, and ranks average dense ones",
+                hint="build the embedding with sparse=False, or train in one process",
+            )
