@@ -1,0 +1,45 @@
+"""Two groups of ranks are started once for all tests here; each test looks at one case."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist.launch import HERE, torchrun
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the ranks of one group saw, and where their runs lie."""
+
+    root: Path
+    ranks: list[dict[str, Any]]
+
+    def __getitem__(self, case: str) -> dict[str, Any]:
+        """Return what rank 0 saw."""
+        found: dict[str, Any] = self.ranks[0][case]
+        return found
+
+
+def _seen(ranks: int, root: Path) -> Seen:
+    ended = torchrun(ranks, str(HERE / "cases.py"), str(root), NARROWCAST_WAIT_S="60")
+    assert ended.code == 0, ended.stderr[-3000:]
+    return Seen(
+        root, [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    )
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What two ranks saw."""
+    return _seen(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What four ranks saw."""
+    return _seen(4, tmp_path_factory.mktemp("four"))
