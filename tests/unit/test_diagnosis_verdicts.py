@@ -307,3 +307,52 @@ def test_bad_requests_get_one_clear_error() -> None:
         diagnosed(plain, "fp16", loss=lambda m, b: m(b[0]).no_such_thing())
     with pytest.raises(UsageError, match="no recipe file"):
         diagnose("no_such_recipe.py", "fp16")
+
+
+class SquareNorm(nn.Module):
+    """RMSNorm as it is written in fp16 code: the squares of large values are infinite."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+
+
+def test_an_infinity_that_is_divided_away_is_named_before_what_it_makes_faint() -> None:
+    """The norm gives 0, the layer behind it gets no gradient: the norm is why."""
+    model = nn.Sequential(nn.Linear(8, 8), SquareNorm(), nn.Linear(8, 8), nn.Linear(8, 1))
+    with torch.no_grad():
+        model[0].weight.mul_(3000)
+    x, y = torch.randn(8, 8), torch.randn(8, 1)
+
+    record = diagnose_training(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1e-3),
+        lambda m, b: nn.functional.mse_loss(m(b[0]).float(), b[1]),
+        [(x, y)],
+        "fp16",
+        steps=20,
+    )
+
+    assert record.verdict == "forward overflow"
+    assert record.finding.module == "1"
+
+
+def test_a_bad_sample_later_does_not_excuse_an_overflow_before_the_first_update() -> None:
+    """fp16 fails at once, fp32 at step 9 on a NaN in the data: two failures, and both are told."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    with torch.no_grad():
+        model[0].weight.mul_(1e5)
+    x, y = torch.randn(8, 8), torch.randn(8, 1)
+    batches = [(x, y)] * 8 + [(x * float("nan"), y)]
+
+    record = diagnose_training(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1e-14),
+        lambda m, b: nn.functional.mse_loss(m(b[0]).float() / 1e5, b[1]),
+        batches,
+        "fp16",
+        steps=12,
+    )
+
+    assert record.verdict == "forward overflow"
+    assert record.finding.module == "0"
+    assert any("fp32 fails too" in note for note in record.notes)

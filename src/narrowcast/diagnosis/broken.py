@@ -14,11 +14,11 @@ from narrowcast.formats import FORMATS, float_format
 from narrowcast.memory.modules import ROOT
 from narrowcast.records.diagnosis import ExecutedOp, Finding, Kind
 from narrowcast.records.ranges import TensorRange
-from narrowcast.replay.culprit import BadOp, bad_ops
+from narrowcast.replay.culprit import BadOp, bad_ops, fed
 
 _LIMITS = frozenset(form.max for form in FORMATS.values())
 
-__all__ = ["broken_findings", "called", "named", "told"]
+__all__ = ["broken_findings", "called", "hidden_overflows", "named", "told"]
 
 
 def broken_findings(evidence: Evidence) -> tuple[Finding, ...]:
@@ -26,6 +26,26 @@ def broken_findings(evidence: Evidence) -> tuple[Finding, ...]:
     events = evidence.low.events
     found: dict[tuple[str, str, int], Finding] = {}
     for bad in bad_ops(events):
+        finding = _constant_behind(bad, events) or _overflow(bad, evidence)
+        found.setdefault((finding.kind, finding.module, finding.line), finding)
+    return tuple(found.values())
+
+
+def hidden_overflows(evidence: Evidence) -> tuple[Finding, ...]:
+    """Return a finding for each operation whose infinity was divided away before it was seen.
+
+    ``x * rsqrt(mean(x * x))`` of large x is 0 and finite. Many such infinities do no harm, so these
+    findings explain an accusation that there is, and are none by themselves.
+    """
+    events = evidence.low.events
+    found: dict[tuple[str, str, int], Finding] = {}
+    for op in events:
+        made_here = any(values.infs for values in op.outputs) and all(
+            values.is_finite for values in op.inputs
+        )
+        if op.phase != "forward" or not op.inputs or not made_here or op.infinite_constant:
+            continue
+        bad = BadOp(op=op, origin="operation", evidence=(*fed(op, events), op))
         finding = _constant_behind(bad, events) or _overflow(bad, evidence)
         found.setdefault((finding.kind, finding.module, finding.line), finding)
     return tuple(found.values())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from narrowcast.diagnosis.arms import (
     Suspect,
@@ -100,7 +100,9 @@ def examine(subject: Subject, plan: Plan, steps: int, observe: Observe) -> Exami
     reference = straight.course
     said = _said(reference)
     failure = full_precision_failure(straight, is_loud=bool(course.symptom))
-    if failure:
+    # What breaks before the first update, where fp32 goes on, is not what breaks fp32 later.
+    is_another = not course.applied and len(reference.points) > len(course.points)
+    if failure and not (course.failing is not None and is_another):
         return Examined(
             findings=(not_precision(failure, course.symptom),),
             course=course,
@@ -119,7 +121,8 @@ def examine(subject: Subject, plan: Plan, steps: int, observe: Observe) -> Exami
     if course.failing is not None:
         found = _loud(subject, plan, course, said)
         if found is not None:
-            return found
+            later = (f"fp32 fails too, later and otherwise: {failure}",) if failure else ()
+            return replace(found, notes=(*found.notes, *later))
     budget = Budget(allowed=steps, planned=subject.steps)
     return _silent(subject, plan, suspect, reference, budget=budget, observe=observe)
 

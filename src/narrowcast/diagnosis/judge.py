@@ -6,7 +6,7 @@ what was accused is cured when it is accused no more, and nothing else is instea
 
 from __future__ import annotations
 
-from narrowcast.diagnosis.broken import broken_findings
+from narrowcast.diagnosis.broken import broken_findings, hidden_overflows
 from narrowcast.diagnosis.evidence import Evidence
 from narrowcast.diagnosis.faint import underflows
 from narrowcast.diagnosis.silent import accumulations, collapses
@@ -19,4 +19,6 @@ def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
     """Return what one step is accused of: what breaks it, or else what is lost in it silently."""
     if evidence.is_loud:
         return broken_findings(evidence)
-    return (*collapses(evidence), *accumulations(evidence), *underflows(evidence))
+    faint = underflows(evidence)
+    hidden = hidden_overflows(evidence) if faint else ()
+    return (*hidden, *collapses(evidence), *accumulations(evidence), *faint)

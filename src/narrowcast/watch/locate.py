@@ -54,7 +54,11 @@ def first_bad_border(
     with Boundaries(engine.model, scale) as borders:
         trace = replay_step(engine, compute_loss, moment, scale=scale, ranges=None)
     phase = "backward" if math.isfinite(trace.loss) else "forward"
-    for one in borders.ranges():
-        if one.phase == phase and not one.values.is_finite:
-            return BadBorder(crossed=one)
-    return None
+    bad = [one for one in borders.ranges() if one.phase == phase and not one.values.is_finite]
+    if not bad:
+        return None
+    # A mask of minus infinity is so in fp32 too; where fp32 fails itself, nothing is excused.
+    with Boundaries(engine.model, 1.0) as borders:
+        replay_step(engine, compute_loss, moment, policy_reference=True, ranges=None)
+    meant = {o.module for o in borders.ranges() if o.phase == phase and not o.values.is_finite}
+    return BadBorder(crossed=next((one for one in bad if one.module not in meant), bad[0]))
