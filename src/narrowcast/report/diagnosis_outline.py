@@ -48,6 +48,7 @@ __all__ = ["outline_of_diagnosis"]
 _TERMINAL_ROWS = 14
 _MOST_STRIPS = 24
 """Modules in one picture: those nearest to the format's ends."""
+_LONGEST_NAME = 32
 _OPEN: tuple[Kind, ...] = ("inconclusive", "not reproducible", "not a precision problem")
 _GOOD: tuple[Kind, ...] = ("fine", "nothing to diagnose")
 
@@ -246,7 +247,7 @@ def _nearness(values: TensorRange, low: float, high: float) -> float:
 
 def _strip(each: ModuleRange, top: float) -> Strip:
     values = each.values
-    name = each.module or "(model)"
+    name = _short(each.module or "(model)")
     if not values.exponent_counts:
         return Strip(label=f"{name}: {_worded(values)}", colour="p-fp16", dots=())
     low, high = math.log2(values.amin), math.log2(values.amax)
@@ -258,6 +259,11 @@ def _strip(each: ModuleRange, top: float) -> Strip:
         centre_name="root mean square",
         interval=(low, high),
     )
+
+
+def _short(name: str) -> str:
+    """Cut a long name at its front, so that it fits beside a picture on a phone."""
+    return name if len(name) <= _LONGEST_NAME else f"...{name[3 - _LONGEST_NAME :]}"
 
 
 def _ranges_table(record: DiagnosisRecord) -> Table:
