@@ -56,7 +56,10 @@ def lies_in(name: str, container: str) -> bool:
 
 
 def smallest_set(candidates: Sequence[str], passes: Test) -> SearchResult | None:
-    """Return an inclusion-minimal set of candidates for which `passes`, or None if all fail too.
+    """Return a set of candidates that passes and of which no member can go, or None if all fail.
+
+    Of such sets it is the smallest of those that were met: where the answer is not unique, one that
+    is smaller still may exist.
 
     `candidates` come in order of preference: the likeliest first, and what contains others after
     them. Raises UsageError for a name given twice, or if the test passes with the empty set.
@@ -74,22 +77,33 @@ def smallest_set(candidates: Sequence[str], passes: Test) -> SearchResult | None
         return None
     kept = _quickxplain((), (), prefix, test)
     kept = tuple(name for name in candidates if name in kept)
-    fails_without = {
-        name: not test(tuple(other for other in kept if other != name)) for name in kept
-    }
-    alternatives = []
+    alternatives = dict.fromkeys(_alternatives(kept, candidates, test))
+    unique = not alternatives
+    best = min(alternatives, key=len, default=kept)
+    if len(best) < len(kept):
+        del alternatives[best]
+        alternatives[kept] = None
+        kept = best
+    return SearchResult(
+        kept=kept,
+        fails_without={
+            name: not test(tuple(other for other in kept if other != name)) for name in kept
+        },
+        calls=test.calls,
+        unique=unique,
+        alternatives=tuple(alternatives),
+    )
+
+
+def _alternatives(
+    kept: Sequence[str], candidates: Sequence[str], test: _Counted
+) -> Iterator[tuple[str, ...]]:
+    """Yield, for each member that can be done without, a set that passes without it."""
     for name in kept:
         others = [other for other in candidates if not lies_in(name, other)]
         if test(others):
             found = _quickxplain((), (), others, test)
-            alternatives.append(tuple(other for other in candidates if other in found))
-    return SearchResult(
-        kept=kept,
-        calls=test.calls,
-        fails_without=fails_without,
-        unique=not alternatives,
-        alternatives=tuple(dict.fromkeys(alternatives)),
-    )
+            yield tuple(other for other in candidates if other in found)
 
 
 class _Counted:

@@ -103,6 +103,19 @@ def test_an_answer_that_is_not_the_only_one_says_so() -> None:
     assert result.is_minimal
 
 
+def test_a_smaller_set_that_does_without_a_member_is_taken() -> None:
+    """The likeliest two would do together; one of the others does alone."""
+    result = smallest_set(
+        ["a", "b", "c", "d"], lambda kept: {"a", "b"} <= kept or bool(kept & {"d"})
+    )
+
+    assert result is not None
+    assert result.kept == ("d",)
+    assert not result.unique
+    assert ("a", "b") in result.alternatives
+    assert result.is_minimal
+
+
 def test_nothing_helps() -> None:
     """Keeping everything fails as well: the cause lies elsewhere."""
     assert smallest_set(["a", "b", "c"], lambda _: False) is None
