@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from narrowcast.preflight.check import check
 from scripts.marked import check_marks
 
 IMPORTS = """
@@ -358,3 +359,23 @@ def test_a_scaler_that_does_harm_is_found(name: str, tmp_path: Path) -> None:
 def test_a_scaler_that_serves_is_not_accused(name: str, tmp_path: Path) -> None:
     """No rule fires at all."""
     check_marks(tmp_path, QUIET[name], preamble="")
+
+
+def test_a_loss_that_is_scaled_by_hand_is_not_accused(tmp_path: Path) -> None:
+    """``(loss * scale).backward()`` and gradients divided by it afterwards: a scaler of one's own."""
+    script = tmp_path / "by_hand.py"
+    script.write_text(
+        "import torch\n"
+        "model = torch.nn.Linear(4, 1).cuda()\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "for x in batches:\n"
+        "    optimizer.zero_grad()\n"
+        "    with torch.autocast('cuda', dtype=torch.float16):\n"
+        "        loss = model(x).mean()\n"
+        "    (loss * 1024).backward()\n"
+        "    for p in model.parameters():\n"
+        "        p.grad.div_(1024)\n"
+        "    optimizer.step()\n"
+    )
+
+    assert [finding.rule for finding in check(script).findings] == []

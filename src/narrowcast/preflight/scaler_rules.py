@@ -71,6 +71,8 @@ def _fp16_without_scaler(script: Script) -> Iterator[Found]:
         for backward in region.of("backward"):
             if backward.node.args or backward.name == "torch.autograd.backward":
                 continue
+            if _is_product(backward.node):
+                continue  # (loss * scale).backward(): scaled by hand
             cast = next(
                 (
                     e.cast
@@ -87,6 +89,12 @@ def _fp16_without_scaler(script: Script) -> Iterator[Found]:
                     "loss: gradients below 6e-8 become 0, and the layers that they reach stop "
                     "learning without a word",
                 )
+
+
+def _is_product(call: ast.Call) -> bool:
+    """Whether a method is called on a product."""
+    receiver = call.func.value if isinstance(call.func, ast.Attribute) else None
+    return isinstance(receiver, ast.BinOp) and isinstance(receiver.op, ast.Mult)
 
 
 def _scaler_with_fp16_weights(script: Script) -> Iterator[Found]:

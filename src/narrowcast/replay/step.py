@@ -163,7 +163,8 @@ class _Passes:
     def gradients(self, samples: int) -> tuple[dict[str, TensorRange], dict[str, Tensor]]:
         """Return the ranges of the unscaled gradients, and that many elements of each."""
         counts, kept = {}, {}
-        for name, gradient in self._named_gradients():
+        for name, own in self._named_gradients():
+            gradient = torch.view_as_real(own.resolve_conj()) if own.is_complex() else own
             unscaled = gradient if self._factor == 1 else gradient.float() / self._factor
             counts[name] = count(unscaled)
             if samples:
