@@ -362,7 +362,7 @@ def test_a_scaler_that_serves_is_not_accused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_scaled_by_hand_is_not_accused(tmp_path: Path) -> None:
-    """``(loss * scale).backward()`` and gradients divided by it afterwards: a scaler of one's own."""
+    """``(loss * scale).backward()``, and gradients divided by it: a scaler of one's own."""
     script = tmp_path / "by_hand.py"
     script.write_text(
         "import torch\n"
