@@ -5,8 +5,9 @@
     unsigned  grid(c) = c^4 / C^4       C = 255 or 15: the second moment, whose square root divides
 
 The smallest number above zero is then 1/C^2 of the largest for m and for sqrt(v) alike (C of v is
-twice that of m and one), so that m / sqrt(v) cannot explode where both are small. A second moment
-above zero never becomes zero: it gets at least code 1.
+twice that of m and one), and a second moment above zero never becomes zero: it gets at least code
+1. So what is held of m / sqrt(v) is at most 16 times what it was, or (C of v / C of m)^2 < 4.6
+times the ratio of the scales: bounded, and coarse where small and large numbers share a block.
 
 Rounding is stochastic, between the two grid points around the number, so that its expectation is
 the number. This matters more than the width of a code. With beta2 = 0.999 a second moment moves by

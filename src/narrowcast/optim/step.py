@@ -24,7 +24,7 @@ from narrowcast.rounding import NOISE_TILE, noise16, stream_key, tensor_key
 __all__ = ["CHUNK", "Item", "Numbers", "chunk_for", "update"]
 
 CHUNK = 2 * NOISE_TILE
-"""Elements of the longest range: 512 KiB a temporary in fp32, of which a step has at most a dozen.
+"""Elements of the longest range: 512 KiB a temporary in fp32, of which a step has half a dozen.
 
 Half as long costs a sixth more time on a CPU: an operation has a price of its own.
 """
@@ -34,10 +34,10 @@ _SHORTEST = 8192
 def chunk_for(numel: int) -> int:
     """Return the elements of a range for parameters of so many elements together.
 
-    A step's temporaries are then no larger than the parameters are in fp32, and these may be small.
-    Results are the same bits in ranges of any length.
+    A step's temporaries are then no larger than the parameters are in fp32, but for the shortest
+    ranges. Results are the same bits in ranges of any length.
     """
-    wanted = numel // 16 // SMALL * SMALL  # a dozen temporaries, and some room
+    wanted = numel // 16 // SMALL * SMALL  # half a dozen temporaries, more where strides are odd
     return max(_SHORTEST, min(CHUNK, wanted))
 
 
