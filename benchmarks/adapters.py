@@ -1,12 +1,12 @@
 """What our precision in a foreign trainer costs over the trainer's own, in microseconds per step.
 
 The model is as small as a model can be (an MLP 16-16-4, batch 8, SGD), so that almost all of a step
-is bookkeeping. Each arm trains in blocks of steps, the two arms of a trainer and precision one
-after the other in random order. A block's time is the median of its steps; the overhead is the
-median over rounds of the difference within a round. The clock is the process's CPU time with one
-thread.
+is bookkeeping. Both arms of a trainer and precision train at once, each in a thread, and take turns
+step by step, so that they see the same machine; a step's time is its own thread's CPU time. The
+overhead is the median over all steps of the difference to the other arm's step beside it; the
+spread is that of the medians of fifty steps each.
 
-    python benchmarks/adapters.py [--rounds 20] [--steps 150] [--host Fabric ...]
+    python benchmarks/adapters.py [--steps 1000] [--host Fabric ...]
 
 What ours does beside the trainer's own: in fp32 and bf16 it checks every gradient, which the
 trainers do not do there, and keeps the ledger of skips. fp16 on a CPU is what Lightning and
@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import logging
 import os
-import random
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -59,11 +58,48 @@ NAME = "adapters-cpu"
 TARGET_US = 30.0
 PRECISIONS = ("fp32", "bf16", "fp16")
 LIGHTNINGS = {"fp32": "32-true", "bf16": "bf16-mixed"}
-WARM = 20
-"""Steps at the beginning of a block that are not timed."""
+WARM = 30
+"""Steps at the beginning that are not timed."""
+CHUNK = 50
 
-Block = Callable[[int], float]
-"""Trains so many steps and returns the microseconds that one took."""
+
+class Turns:
+    """Lets two threads take steps in turn."""
+
+    def __init__(self) -> None:
+        self._may_go = {True: threading.Event(), False: threading.Event()}
+        self._may_go[True].set()
+        self.has_failed = False
+
+    def wait(self, arm: bool) -> None:
+        self._may_go[arm].wait()
+        self._may_go[arm].clear()
+        if self.has_failed:
+            raise SystemExit
+
+    def pass_on(self, arm: bool) -> None:
+        self._may_go[not arm].set()
+
+
+class Clock:
+    """Times the steps of one arm, and gives the turn to the other after each."""
+
+    def __init__(self, turns: Turns, arm: bool) -> None:
+        self.times: list[float] = []
+        self._turns, self._arm = turns, arm
+        self._start = 0.0
+
+    def tick(self) -> None:
+        """Note the end of a step, and wait for the next turn; the first call only waits."""
+        if self._start:
+            self.times.append((time.thread_time() - self._start) * 1e6)
+            self._turns.pass_on(self._arm)
+        self._turns.wait(self._arm)
+        self._start = time.thread_time()
+
+
+Block = Callable[[int, Clock], None]
+"""Trains so many steps, and tells the clock after each."""
 
 
 class Net(nn.Module):
@@ -82,28 +118,10 @@ def batch() -> dict[str, Tensor]:
     return {"x": torch.randn(8, 16), "labels": torch.randint(0, 4, (8,))}
 
 
-class Clock:
-    """Times each step of a block but the first ones."""
-
-    def __init__(self) -> None:
-        self._ends: list[float] = []
-
-    def tick(self) -> None:
-        """Note the end of a step."""
-        self._ends.append(time.process_time())
-
-    def us(self) -> float:
-        """Return the median: a step in ten is disturbed by other work on the machine."""
-        ends = self._ends[WARM:]
-        return statistics.median(b - a for a, b in itertools.pairwise(ends)) * 1e6
-
-
-def looped(step: Callable[[], object], count: int) -> float:
-    clock = Clock()
+def looped(step: Callable[[], object], count: int, clock: Clock) -> None:
     for _ in range(count):
         step()
         clock.tick()
-    return clock.us()
 
 
 def fabric(precision: str, *, ours: bool) -> Block:
@@ -126,14 +144,12 @@ def fabric(precision: str, *, ours: bool) -> Block:
         host.backward(model(**data)["loss"])
         optimizer.step()
 
-    return lambda count: looped(step, count)
+    return lambda count, clock: looped(step, count, clock)
 
 
 def accelerate(precision: str, *, ours: bool) -> Block:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
     words = {"fp32": "no"}.get(precision, precision)
     host = Accelerator(cpu=True, mixed_precision=words)
     net, data = Net(), batch()
@@ -150,7 +166,7 @@ def accelerate(precision: str, *, ours: bool) -> Block:
         host.backward(model(**data)["loss"])
         optimizer.step()
 
-    return lambda count: looped(step, count)
+    return lambda count, clock: looped(step, count, clock)
 
 
 def lightning(precision: str, *, ours: bool) -> Block:
@@ -175,8 +191,7 @@ def lightning(precision: str, *, ours: bool) -> Block:
         def on_train_batch_end(self, *_: Any) -> None:
             self.clock.tick()
 
-    def block(count: int) -> float:
-        clock = Clock()
+    def block(count: int, clock: Clock) -> None:
         if ours:
             chosen: dict[str, Any] = {"plugins": [trainer_precision(precision, device="cpu")]}
         elif precision == "fp16":
@@ -189,13 +204,11 @@ def lightning(precision: str, *, ours: bool) -> Block:
             **chosen,
         )  # fmt: skip
         host.fit(Module(), DataLoader([batch()] * count, batch_size=None))
-        return clock.us()
 
     return block
 
 
 def transformers(precision: str, *, ours: bool) -> Block:
-    from accelerate.state import AcceleratorState
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Timed(TrainerCallback):  # type: ignore[misc]
@@ -207,9 +220,7 @@ def transformers(precision: str, *, ours: bool) -> Block:
 
     data = [{"x": torch.randn(16), "labels": torch.tensor(1)} for _ in range(8)]
 
-    def block(count: int) -> float:
-        clock = Clock()
-        AcceleratorState._reset_state(reset_partial_state=True)
+    def block(count: int, clock: Clock) -> None:
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder, use_cpu=True, max_steps=count, logging_strategy="no",
@@ -224,7 +235,6 @@ def transformers(precision: str, *, ours: bool) -> Block:
                 host.accelerator.native_amp = True
                 host.accelerator.scaler = torch.amp.GradScaler("cpu")
             host.train()
-        return clock.us()
 
     return block
 
@@ -247,24 +257,25 @@ class Row:
     """Median with the trainer's own precision."""
     ours_us: float
     overhead_us: float
-    """Median over rounds of the paired difference."""
+    """Median of the paired differences."""
     quartiles_us: tuple[float, float]
+    """Of the medians of fifty differences each."""
     n: int
-    differences_us: list[float]
+    """Steps of each arm."""
 
     @classmethod
     def of(cls, host: str, precision: str, times: dict[bool, list[float]]) -> Row:
         differences = [a - b for a, b in zip(times[True], times[False], strict=True)]
-        low, middle, high = (round(q, 1) for q in statistics.quantiles(differences, n=4))
+        chunks = [differences[i : i + CHUNK] for i in range(0, len(differences), CHUNK)]
+        low, _, high = statistics.quantiles(map(statistics.median, chunks), n=4)
         return cls(
             host=host,
             precision=precision,
             own_us=round(statistics.median(times[False]), 1),
             ours_us=round(statistics.median(times[True]), 1),
-            overhead_us=middle,
-            quartiles_us=(low, high),
+            overhead_us=round(statistics.median(differences), 1),
+            quartiles_us=(round(low, 1), round(high, 1)),
             n=len(differences),
-            differences_us=[round(d, 1) for d in differences],
         )
 
     def __str__(self) -> str:
@@ -276,18 +287,36 @@ class Row:
         )
 
 
-def measure(host: str, precision: str, rounds: int, count: int) -> Row:
-    make, chance = HOSTS[host], random.Random(0)
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for turn in range(rounds + 1):
-        arms = [True, False]
-        chance.shuffle(arms)
-        for ours in arms:
-            # Made anew for each block: an Accelerator keeps its state in its class.
-            taken = make(precision, ours=ours)(count)
-            if turn:  # the first round warms up
-                times[ours].append(taken)
-    return Row.of(host, precision, times)
+def measure(host: str, precision: str, count: int) -> Row:
+    """Train both arms, turn by turn."""
+    _reset(host)
+    turns = Turns()
+    clocks = {arm: Clock(turns, arm) for arm in (True, False)}
+    blocks = {arm: HOSTS[host](precision, ours=arm) for arm in (True, False)}
+
+    def run(arm: bool) -> None:
+        try:
+            blocks[arm](WARM + count, clocks[arm])
+        except BaseException:
+            turns.has_failed = True
+            raise
+        finally:
+            turns.pass_on(arm)
+
+    threads = [threading.Thread(target=run, args=(arm,)) for arm in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return Row.of(host, precision, {arm: clock.times[WARM:] for arm, clock in clocks.items()})
+
+
+def _reset(host: str) -> None:
+    """An Accelerator keeps its precision in its class."""
+    if host in ("Accelerate", "Transformers"):
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _other_rows(hosts: set[str]) -> list[dict[str, Any]]:
@@ -299,8 +328,7 @@ def _other_rows(hosts: set[str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=150, help="steps per block")
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--host", action="append", choices=list(HOSTS))
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -310,16 +338,15 @@ def main() -> None:
     for host in asked.host or HOSTS:
         for precision in PRECISIONS:
             with warnings.catch_warnings(action="ignore"):
-                rows.append(measure(host, precision, asked.rounds, asked.steps))
+                rows.append(measure(host, precision, asked.steps))
             print(rows[-1], flush=True)
     write_results(
         NAME,
         [*_other_rows({row.host for row in rows}), *to_json(rows)],
         question="microseconds per step over the trainer's own precision handling",
         model="MLP 16-16-4, batch 8, SGD, one thread",
-        clock="process CPU time",
-        rounds=asked.rounds,
-        steps_per_block=asked.steps,
+        clock="CPU time of the thread",
+        steps=asked.steps,
         versions=versions(),
     )
 

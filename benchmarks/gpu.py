@@ -6,8 +6,9 @@
 
 Nothing is installed or fetched: each part says which packages it needs, and is left out by name
 where one cannot be imported. Parts run in processes of their own, those that matter most first,
-each within its share of what time is left; they write benchmarks/results/gpu-<part>.json row by row,
-so that a run that is cut loses little. A process that dies is started again without what killed it.
+each within its share of what time is left; they write benchmarks/results/gpu-<part>.json row by
+row, so that a run that is cut loses little. A process that dies is started again without what
+killed it.
 A rehearsal writes elsewhere: its figures mean nothing, and its records say so.
 """
 

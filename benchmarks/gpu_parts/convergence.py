@@ -66,7 +66,8 @@ def trained(recipe: Any, precision: str, steps: int, ask: Ask) -> dict[str, Any]
     options = TrainOptions(
         steps=steps, seed=0, checkpoint_every=steps, measure=False, deterministic=False, watch=0
     )
-    with tempfile.TemporaryDirectory() as place:
+    memory = Path("/dev/shm")  # a checkpoint of 1.5 GB is no part of the question
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as place:
         record = train(
             recipe, plan_named(precision), options, Path(place) / "run", device=ask.device,
             observe=observe,

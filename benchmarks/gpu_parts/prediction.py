@@ -71,7 +71,7 @@ def run(ask: Ask) -> None:
     gpu = gpu_at_hand()
     sheet.write(predicted_for=gpu)
     todo = [row for row in rows() if sheet.find(**row) is None]
-    todo = todo[:WORKLOADS] if ask.rehearse else todo
+    todo = todo[: len(BATCHES)] if ask.rehearse else todo
     workers = max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) - 2))
     spawning = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=spawning, initializer=_one_thread)

@@ -95,12 +95,13 @@ class Sheet:
         try:
             yield found
         except Exception as error:
-            if is_fatal(error):
-                raise
             found["not_run"] = f"{type(error).__name__}: {error}".split("\n", 1)[0][:300]
             print(f"  {key}: {found['not_run']}", flush=True)
-        row.pop("begun", None)
-        self.put(key, **found)
+            if is_fatal(error):
+                raise
+        finally:
+            row.pop("begun", None)
+            self.put(key, **found)
 
 
 def is_fatal(error: BaseException) -> bool:

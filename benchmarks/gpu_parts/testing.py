@@ -51,6 +51,8 @@ def run(ask: Ask) -> None:
         counts[outcome] = counts.get(outcome, 0) + 1
     sheet.write(counts=counts)
     print(f"  {counts}", flush=True)
+    if any(counts.get(outcome) for outcome in ("failed", "error", "not run")):
+        sys.exit(1)
 
 
 def _workers() -> list[str]:
@@ -60,7 +62,8 @@ def _workers() -> list[str]:
 
 def _pytest(places: list[str], *, limit_s: float) -> tuple[str, bool]:
     """Return what pytest printed, and whether it came to its end."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:randomly"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short"]
+    command += ["-p", "no:benchmark"]  # beside workers it warns, and a warning is an error here
     process = subprocess.Popen(
         [*command, *places],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

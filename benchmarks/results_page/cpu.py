@@ -115,11 +115,13 @@ def _ladder(records: Records, page: Page) -> None:
     all_of = [r for r in record["rows"] if r["case"] == case and "measured_bytes" in r]
     whole = next(r["measured_bytes"] for r in all_of if r["plan"] == "fp32")
     shown = [
-        Bar(label=r["plan"][:38], value=r["measured_bytes"] / whole,
+        Bar(label=r["plan"], value=r["measured_bytes"] / whole,
             group=0 if "predicted_bytes" in r else 2)
         for r in sorted(all_of, key=lambda r: -r["measured_bytes"])
     ]  # fmt: skip
-    title = f"Measured peak over fp32's, {case}"
+    title = (
+        f"Measured peak over fp32's, {case}: ours (blue) and plain loops with others' optimizers"
+    )
     page.chart("cpu-ladder", bars(title, shown, axis="share of fp32", mark=1.0), title)
     page.source("memory-ladder-cpu", record, n="n = 1, exact bytes")
 
@@ -175,7 +177,7 @@ def _optimizer(records: Records, page: Page) -> None:
             group=0 if r["optimizer"].startswith("narrowcast") else 1)
         for r in rows if r["bytes_per_parameter"]
     ]  # fmt: skip
-    title = "Bytes held for a parameter"
+    title = "Bytes held for a parameter: ours (blue) and others"
     page.chart("cpu-optimizer-bytes", bars(title, shown, axis="bytes"), title)
     page.source("optimizer-step-cpu", record, n=f"n = {record['rounds']} rounds")
 

@@ -26,8 +26,8 @@ def gpu_pages(records: Records, page: Page) -> None:
         page.say(
             "No GPU was at hand when this page was written: everything below that says "
             f"*{NOT_MEASURED}* is code that has been rehearsed on a CPU (`python benchmarks/gpu.py "
-            "--rehearse`) and has never run on CUDA. `make gpu` measures it in under ten minutes, "
-            "and `make results` writes this page again."
+            "--rehearse`) and has never run on CUDA. `make gpu` measures it, within ten minutes by "
+            "its own clock, and `make results` writes this page again."
         )
     page.say("### Targets", table(("target", "measured", "met"), _targets(records)))
     _planned(records, page)
@@ -51,7 +51,7 @@ def _planned(records: Records, page: Page) -> None:
     if record is None:
         return
     page.say(
-        "### Plans that wait for a GPU",
+        "### Plans chosen without a GPU",
         f"Chosen from peaks predicted for `{record['predicted_for']}`, none of it measured: the "
         "first plan of a ladder, from the fastest to the leanest, whose predicted peaks stay "
         "within a share of what is predicted for `torch.amp` with fused AdamW.",

@@ -14,9 +14,11 @@ from html import escape
 
 __all__ = ["Bar", "Point", "Series", "bars", "lines", "scatter"]
 
-_WIDTH = 760
-_LEFT, _RIGHT, _TOP = 260, 90, 56
+_WIDTH = 840
+_RIGHT, _TOP = 130, 56
 _ROW = 24
+_LETTER = 7
+"""About how wide a letter is; labels are never cut."""
 _STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328; }
 .title { font-size: 15px; font-weight: 600; } .small { font-size: 11.5px; fill: #59636e; }
@@ -65,19 +67,20 @@ def bars(title: str, rows: Sequence[Bar], *, axis: str, mark: float | None = Non
     """Draw horizontal bars from zero; `mark` is a line to compare with."""
     most = max([r.high if r.high is not None else r.value for r in rows] + [mark or 0.0])
     top = _nice(most)
-    plot = _WIDTH - _LEFT - _RIGHT
+    left = 16 + _LETTER * max(len(row.label) for row in rows)
+    plot = _WIDTH - left - _RIGHT
     height = _TOP + _ROW * len(rows) + 40
 
     def x(value: float) -> float:
-        return _LEFT + plot * value / top
+        return left + plot * value / top
 
     parts = [_text(0, 20, title, "title"), *_grid(x, top, _TOP - 8, height - 36, axis)]
     for place, row in enumerate(rows):
         y = _TOP + _ROW * place
-        parts.append(_text(_LEFT - 8, y + 13, row.label, anchor="end"))
-        width = max(x(row.value) - _LEFT, 1)
+        parts.append(_text(left - 8, y + 13, row.label, anchor="end"))
+        width = max(x(row.value) - left, 1)
         parts.append(
-            f'<rect class="c{row.group}" x="{_LEFT}" y="{y + 2}" width="{width:.1f}" '
+            f'<rect class="c{row.group}" x="{left}" y="{y + 2}" width="{width:.1f}" '
             f'height="{_ROW - 9}" rx="2"/>'
         )
         end = row.value if row.high is None else max(row.high, row.value)

@@ -46,11 +46,9 @@ def _plan_within(workload: str, share: float, speed: float) -> Callable[[Records
             return "no plan of ours stays within it", False
         best = max(rows, key=lambda r: r["speed_over_baseline"]["median"])
         ratio = best["speed_over_baseline"]
-        return (
-            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}, n = {ratio['n']}) "
-            f"at {best['allocated_over_baseline']:.3f}, with {best['arm']}",
-            ratio["median"] >= speed,
-        )
+        found = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}"
+        where = f"at {best['allocated_over_baseline']:.3f}, with {best['arm']}"
+        return f"{found}, n = {ratio['n']}) {where}", ratio["median"] >= speed
 
     return judge
 

@@ -15,6 +15,7 @@ from recipes import torchvision_on_cpu  # noqa: F401 -- before lightning, which 
 
 with warnings.catch_warnings(action="ignore"):
     import lightning.pytorch as pl
+    from lightning.fabric import Fabric  # noqa: F401 -- for the tests of Fabric
 
 STEPS = 6
 X = torch.randn(STEPS * 8, 16, generator=torch.Generator().manual_seed(1))

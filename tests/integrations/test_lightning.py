@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +309,60 @@ def test_lbfgs_is_refused() -> None:
     """An optimizer that calls the model itself is refused before the first step."""
     with pytest.raises(UsageError, match="LBFGS calls the model several times"):
         fitted(Classifier(make=torch.optim.LBFGS), trainer_precision("bf16", device="cpu"))
+
+
+def test_cudas_cast_rules_are_rehearsed() -> None:
+    """On a CPU softmax returns fp32 under CUDA's rules, in the Trainer's steps as elsewhere."""
+    seen: list[torch.dtype] = []
+
+    class Looking(Classifier):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            chances = self.net(batch[0]).softmax(-1)
+            seen.append(chances.dtype)
+            return F.nll_loss(chances.log(), batch[1])
+
+    policy = Policy(name="bf16", compute="bf16", autocast_rules="cuda")
+    fitted(Looking(), trainer_precision(policy, device="cpu"), max_steps=1)
+    fitted(Looking(), trainer_precision("bf16", device="cpu"), max_steps=1)
+
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+OTHER_NAME = """
+import torchvision_on_cpu, warnings; warnings.simplefilter("ignore")
+import pytorch_lightning as pl, torch, torch.nn.functional as F
+from torch.utils.data import DataLoader
+from narrowcast.integrations.lightning import trainer_precision
+
+class Line(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+    def training_step(self, batch, index):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+plugin = trainer_precision("16-mixed", device="cpu")
+trainer = pl.Trainer(plugins=[plugin], accelerator="cpu", max_epochs=1, logger=False,
+                     enable_checkpointing=False, enable_progress_bar=False)
+trainer.fit(Line(), DataLoader(torch.randn(8, 4), batch_size=4))
+print("executed", plugin.host_plan.first_pass.executed["matmul"])
+"""
+
+
+def test_lightning_under_its_other_name_works_too() -> None:
+    """`import pytorch_lightning` has classes of its own; the one that is in use is taken."""
+    pytest.importorskip("pytorch_lightning")
+    recipes = Path(__file__).parents[1] / "recipes"
+    environment = {**os.environ, "PYTHONPATH": str(recipes)}
+
+    out = subprocess.run(
+        [sys.executable, "-c", OTHER_NAME],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+
+    assert "executed {'fp16': 2}" in out.stdout

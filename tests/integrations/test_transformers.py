@@ -266,6 +266,19 @@ def test_what_does_not_fit_is_refused(
         attach(made, **options)
 
 
+def test_two_optimizers_or_two_precisions_for_one_trainer_are_refused(tmp_path: Path) -> None:
+    """Whichever was meant, the other would be ignored."""
+    made = trainer(tmp_path)
+    made.create_optimizer()
+
+    with pytest.raises(UsageError, match="has an optimizer already"):
+        attach(made, "fp32", optimizer="lion")
+    made = trainer(tmp_path)
+    attach(made, "fp32")
+    with pytest.raises(UsageError, match="has a precision of ours already"):
+        attach(made, "fp32")
+
+
 def test_sums_of_micro_batches_in_16_bits_are_refused(tmp_path: Path) -> None:
     """The Trainer accumulates by itself, in the weights' format."""
     made = trainer(tmp_path, gradient_accumulation_steps=2)

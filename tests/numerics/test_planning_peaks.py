@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from narrowcast.planning.peaks import _CLOSE, Peaks, with_data_at_hand
 from narrowcast.planning.space import CHECKPOINT, REMAKE
 from narrowcast.policy import Policy
 from narrowcast.prediction.predict import predict_memory
-from narrowcast.profiling import first_batch
+from narrowcast.profiling import first_batch, measure_recipe
 from narrowcast.recipes.load import Recipe, load_recipe
 
 pytestmark = pytest.mark.slow
@@ -161,3 +162,31 @@ def test_planning_leaves_random_states_alone() -> None:
     case("mlp")[1].need(stored("split16", "int8"))
 
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_sparse_gradients_grow_with_every_part(tmp_path: Path, parts: int) -> None:
+    """Two parts do not tell of more: all are traced."""
+    file = tmp_path / "sparse.py"
+    text = (Path(__file__).parents[1] / "recipes" / "regression.py").read_text()
+    file.write_text(
+        f"{text}\n\n"
+        "class Table(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.table = torch.nn.Embedding(50, 64, sparse=True)\n"
+        "        self.head = torch.nn.Linear(64, 1)\n\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.table(x.abs().long().clamp(max=49)).mean(1))\n\n\n"
+        "def model(options):\n    return Table()\n\n\n"
+        "def optimizer(model, options):\n"
+        "    return torch.optim.SGD(model.parameters(), lr=0.1)\n"
+    )
+    recipe = with_data_at_hand(load_recipe(file))
+    _, batch = first_batch(recipe, recipe.batch_size, 0)
+    plan = replace(PLANS["fp32"], micro_batches=parts)
+
+    need = Peaks(recipe, "cpu", batch, say=lambda _: None).need(plan)
+
+    assert need.bytes == predict_memory(recipe, plan, break_even=False).total_peak_bytes
+    assert need.bytes >= measure_recipe(recipe, plan, torch.device("cpu")).total_peak_bytes

@@ -66,10 +66,6 @@ def sparse_adam(model: nn.Module) -> Optimizer:
     return torch.optim.SparseAdam(model.parameters(), lr=0.1)
 
 
-def momentum(model: nn.Module) -> Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
 def adamw(model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), fused=True)
 

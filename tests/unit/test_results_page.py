@@ -151,7 +151,7 @@ def test_a_bar_ends_within_the_chart(value: float) -> None:
     root = ET.fromstring(svg)
     (bar,) = root.iter("{http://www.w3.org/2000/svg}rect")
 
-    assert float(bar.get("x")) + float(bar.get("width")) <= 760 - 90 + 1
+    assert float(bar.get("x")) + float(bar.get("width")) <= 840 - 130 + 1
     assert "<a & b>" in "".join(root.itertext())
 
 
@@ -161,7 +161,7 @@ def test_points_and_lines_stay_within_the_chart() -> None:
         scatter("s", [Point(label="o", x=0.0, y=0.0)], x_axis="x", y_axis="y"),
         lines("l", [Series(label="flat", values=[1.0, 1.0])], x_axis="x", y_axis="y"),
     ):
-        assert ET.fromstring(svg).get("width") == "760"
+        assert ET.fromstring(svg).get("width") == "840"
         assert "nan" not in svg
 
 

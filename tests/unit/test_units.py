@@ -26,7 +26,9 @@ def test_amounts_are_read_in_both_families_of_units(text: str, size: int) -> Non
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "2 potatoes", "-1GiB", "1..5MiB", "2 GiB please", "0.5B", "1.5", "1.0 b"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "2 potatoes", "-1GiB", "1..5MiB", "2 GiB please", "0.5B", "1.5", "1.0 b"]
+)
 def test_nonsense_is_refused_with_examples(text: str) -> None:
     """A budget is never guessed."""
     with pytest.raises(UsageError, match="not an amount of memory"):

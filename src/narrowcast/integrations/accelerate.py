@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from narrowcast.dropin.grad_scaler import GradScaler
 from narrowcast.errors import UnsupportedPrecision, UsageError
+from narrowcast.integrations.finite_check import FiniteCheck
 from narrowcast.integrations.host_plan import HostPlan
 from narrowcast.integrations.hosts import host_module
 from narrowcast.plan import Plan
@@ -65,6 +66,10 @@ def attach(
         raise UnsupportedPrecision(
             f"{accelerator.distributed_type} has a mixed precision of its own",
             hint="use `torchrun -m narrowcast train --parallel fsdp2`, or DDP under Accelerate",
+        )
+    if isinstance(accelerator.scaler, FiniteCheck | GradScaler):
+        raise UsageError(
+            "the Accelerator has a precision of ours already", hint="detach() the first one"
         )
     if accelerator._models or accelerator._optimizers:
         raise UsageError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class HostPlan:
         self._models: list[nn.Module] = []
         self._levers: dict[nn.Module, Levers] = {}
         self._masters: dict[Tensor, Tensor] = {}
-        self._checked: set[int] = set()
+        self._checked: WeakSet[Optimizer] = WeakSet()
 
     def _scaler(self, asked: GradScaler | None, limit: SkipLimit) -> GradScaler | FiniteCheck:
         scales = self.policy.scaling == "dynamic"
@@ -116,6 +117,12 @@ class HostPlan:
         if model not in self._models:
             self._models.append(model)
 
+    def forget_models(self) -> None:
+        """Let go of all models: the trainer is about to train another one, or the same again."""
+        self._models.clear()
+        self._levers.clear()
+        self.notes = ()
+
     def adopt(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
         """Return the optimizer with the plan's stores; itself where it has them or none are asked.
 
@@ -147,7 +154,7 @@ class HostPlan:
 
     def require_fit(self, optimizer: Optimizer) -> None:
         """See once that an optimizer is one that this plan can step; raises UsageError if not."""
-        if id(optimizer) in self._checked:
+        if optimizer in self._checked:
             return
         if isinstance(optimizer, torch.optim.LBFGS):
             raise UsageError(
@@ -166,7 +173,7 @@ class HostPlan:
         owner = self._owner_of(parameters)
         if owner is not None:
             fit_stores(owner, self.plan, {"optimizer": optimizer})
-        self._checked.add(id(optimizer))
+        self._checked.add(optimizer)
 
     def _owner_of(self, parameters: list[Tensor]) -> nn.Module | None:
         held = {id(p) for p in parameters}

@@ -187,6 +187,7 @@ class _TrainerHooks(_Hooks):
     """Those of them that sit out this batch, and how often their turn comes."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
+        self.host_plan.forget_models()
         self.host_plan.prepare(module, keep_masters=True)
         if not self.host_plan.policy.keeps_master:
             for part in _entrances(module):

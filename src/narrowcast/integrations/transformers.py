@@ -89,14 +89,14 @@ def attach(
     plan, _ = choose_plan_for(trainer.accelerator.device, precision)
     if chunked_loss:
         plan = replace(plan, loss="chunked")
+    if optimizer is not None:
+        trainer.optimizer_cls_and_kwargs = _named(optimizer, plan, trainer, optimizer_options)
     attached = accelerate.attach(
         trainer.accelerator, plan, scaler=scaler, max_consecutive_skips=max_consecutive_skips
     )
     attached.host_plan.require_narrow_sums(
         arguments.gradient_accumulation_steps, setting="gradient_accumulation_steps"
     )
-    if optimizer is not None:
-        trainer.optimizer_cls_and_kwargs = _named(optimizer, plan, arguments, optimizer_options)
     _, trainer.optimizer = attached.prepare_own(trainer.model, trainer.create_optimizer())
     watch = HostWatch(trainer.model, attached.scaler, watch_every)
     kind = mixed_class("NarrowcastCallback", _CallbackHooks, host.TrainerCallback)
@@ -109,11 +109,18 @@ def attach(
 
 
 def _named(
-    name: str, plan: Plan, arguments: Any, options: Mapping[str, Any] | None
+    name: str, plan: Plan, trainer: Any, options: Mapping[str, Any] | None
 ) -> tuple[type, dict[str, Any]]:
     """Return what the Trainer makes its optimizer from."""
     if name not in OPTIMIZERS:
         raise UnknownName.of("optimizer", name, OPTIMIZERS)
+    if trainer.optimizer is not None:
+        raise UsageError(
+            f"optimizer={name!r} was asked for, and the Trainer has an optimizer already "
+            f"({type(trainer.optimizer).__name__})",
+            hint="leave one of them out; the Trainer's own is given the plan's stores",
+        )
+    arguments = trainer.args
     chosen: dict[str, Any] = {"lr": arguments.learning_rate}
     if name == "adamw":
         chosen |= {
@@ -134,6 +141,8 @@ class _CallbackHooks:
         self.memory: MemoryRecord | None = None
         """Where the peak of one step went; None before it was measured."""
         self._ledger_at = ledger_at
+        self._begun = 0
+        """Steps that this process has begun; a resumed training is measured, too."""
         self._ledger: MemoryLedger | None = None
         self._rounds = False
         """Whether a lever rounds, and where its stream of roundings stands changes every step."""
@@ -154,12 +163,12 @@ class _CallbackHooks:
         return self.precision.notes
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        step = state.global_step + 1
-        if step == self._ledger_at and self.memory is None:
+        self._begun += 1
+        if self._begun == self._ledger_at:
             optimizer = getattr(parts["optimizer"], "optimizer", parts["optimizer"])
             self._ledger = MemoryLedger(parts["model"], optimizer)
             self._ledger.__enter__()
-        self.watch.begin(step)
+        self.watch.begin(state.global_step + 1)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         self.watch.close()

@@ -8,7 +8,7 @@ the peak with any stores:
                the optimizer's step)
 
 A batch in many parts is traced as two parts of that size, since all but the first are alike; of the
-inputs the whole batch is counted.
+inputs the whole batch is counted. Sparse gradients grow with every part: there all are traced.
 
 What the step itself needs beside them is at most fourteen ranges of its tensors (``optim.step``).
 Where that bound does not stay below the other phases, the step of these stores is traced, once.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -170,7 +171,7 @@ class Peaks:
 
     def _traced(self, plan: Plan) -> MemoryRecord:
         shown, size = plan, None
-        if plan.micro_batches > 2:
+        if plan.micro_batches > 2 and not self._sparse:
             shown = replace(plan, micro_batches=2)
             size = 2 * (self.batch_size // plan.micro_batches)
         return predict_memory(
@@ -180,11 +181,13 @@ class Peaks:
     def _left_out(self, plan: Plan) -> int:
         """Return the bytes of the parts that a trace left out: inputs, and one loss each."""
         parts = plan.micro_batches
+        if self._sparse:
+            return 0
         inputs = round(self._batch_bytes * (1 - min(2 / parts, 1)))
         return inputs + self._losses_left_out(parts)
 
     def _losses_left_out(self, parts: int) -> int:
-        if parts <= 2:
+        if parts <= 2 or self._sparse:
             return 0
         if parts not in self._losses:
             self._losses[parts] = self._loss_bytes(parts)
@@ -253,6 +256,15 @@ class Peaks:
         optimizer = self._optimizer(plan)
         assert isinstance(optimizer, NarrowOptimizer)
         return sum(_held_by(optimizer, group) for group in optimizer.param_groups)
+
+    @cached_property
+    def _sparse(self) -> bool:
+        """Whether embeddings say that their gradients are sparse."""
+        model = model_without_contents(self._recipe, Stage())
+        return any(
+            isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+            for module in model.modules()
+        )
 
     def _largest_gradient(self, plan: Plan) -> int:
         if not self._largest:

@@ -22,10 +22,7 @@ _aten = torch.ops.aten
 
 
 def sparse_rule(func: Any, args: tuple[Any, ...]) -> Callable[..., Tensor] | None:
-    """Return a function of the arguments that tells what an operation returns; None if torch can.
-
-    A sum in place of a sparse tensor is torch's to tell, which leaves it as it is.
-    """
+    """Return a function of the arguments that does what an operation does; None if torch can."""
     rules = _RULES.get(func)
     return None if rules is None else rules.get(tuple(map(_is_sparse, args[:2])))
 
@@ -57,6 +54,11 @@ def _sum(one: Tensor, other: Tensor, **_: Any) -> Tensor:
     indices = one._indices().new_empty((one.sparse_dim(), count))
     values = one._values().new_empty((count, *one._values().shape[1:]))
     return _made(one, indices, values, coalesced=one.is_coalesced() and other.is_coalesced())
+
+
+def _sum_in_place(one: Tensor, other: Tensor, **_: Any) -> Tensor:
+    one.data = _sum(one, other)
+    return one
 
 
 def _masked(dense: Tensor, mask: Tensor, *_: Any) -> Tensor:
@@ -94,7 +96,7 @@ _ALONE, _WITH_DENSE, _BOTH, _SECOND = (True,), (True, False), (True, True), (Fal
 _RULES: dict[Any, dict[tuple[bool, ...], Callable[..., Tensor]]] = {
     _aten._coalesce.default: {_ALONE: _coalesced},
     _aten.add.Tensor: {_BOTH: _sum},
-    _aten.add_.Tensor: {_SECOND: _added_in_place},
+    _aten.add_.Tensor: {_SECOND: _added_in_place, _BOTH: _sum_in_place},
     _aten.sparse_mask.default: {_SECOND: _masked},
     **{
         func: dict.fromkeys((_ALONE, _WITH_DENSE), _each_value(func))
