@@ -19,6 +19,7 @@ _RIGHT, _TOP = 130, 56
 _ROW = 24
 _LETTER = 7
 """About how wide a letter is; labels are never cut."""
+_LINE_HEIGHT = 13
 _STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328; }
 .title { font-size: 15px; font-weight: 600; } .small { font-size: 11.5px; fill: #59636e; }
@@ -117,13 +118,30 @@ def scatter(
         parts.append(_line(x(marks[0]), _TOP, x(marks[0]), height - 50, "mark"))
     if marks[1] is not None:
         parts.append(_line(left, y(marks[1]), _WIDTH - right, y(marks[1]), "mark"))
-    for point in points:
+    taken: list[tuple[float, float, float]] = []
+    for point in sorted(points, key=lambda p: -p.y):
         place = f'cx="{x(point.x):.1f}" cy="{y(point.y):.1f}"'
         parts.append(f'<circle class="c{point.group}" {place} r="5"/>')
         is_far = x(point.x) > _WIDTH - right - 170
         at = x(point.x) + (-9 if is_far else 9)
-        parts.append(_text(at, y(point.y) + 4, point.label, "small", "end" if is_far else "start"))
+        wide = _LETTER * len(point.label)
+        start = at - wide if is_far else at
+        level = _free_level(y(point.y) + 4, start, start + wide, taken)
+        parts.append(_text(at, level, point.label, "small", "end" if is_far else "start"))
     return _svg(height, parts, title)
+
+
+def _free_level(
+    level: float, start: float, end: float, taken: list[tuple[float, float, float]]
+) -> float:
+    """Return the next level downwards at which a label covers no other, and note that it is there.
+
+    `taken` are (level, start, end) of the labels so far.
+    """
+    while any(abs(level - at) < _LINE_HEIGHT and a < end and start < b for at, a, b in taken):
+        level += _LINE_HEIGHT / 2
+    taken.append((level, start, end))
+    return level
 
 
 def lines(title: str, series: Sequence[Series], *, x_axis: str, y_axis: str) -> str:
