@@ -103,7 +103,8 @@ def test_labels_of_charts_hold_no_markup_and_no_template(name: str) -> None:
     assert "<a " not in drawn
     assert "</script>" not in drawn
     assert "[red]%{x}" not in drawn
-    assert "[red]%&#123;x}&amp;lt;" in drawn
+    if name != "diagnosis":  # of whose long names only the ends are drawn
+        assert "[red]%&#123;x}&amp;lt;" in drawn
 
 
 def test_the_data_block_cannot_end_early() -> None:
