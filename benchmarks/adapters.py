@@ -90,10 +90,10 @@ class Clock:
         self._start = 0.0
 
     def tick(self) -> None:
-        """Note the end of a step, and wait for the next turn; the first call only waits."""
+        """Note the end of a step, but for the first, and wait for the next turn."""
         if self._start:
             self.times.append((time.thread_time() - self._start) * 1e6)
-            self._turns.pass_on(self._arm)
+        self._turns.pass_on(self._arm)
         self._turns.wait(self._arm)
         self._start = time.thread_time()
 
@@ -296,6 +296,7 @@ def measure(host: str, precision: str, count: int) -> Row:
 
     def run(arm: bool) -> None:
         try:
+            turns.wait(arm)  # they are built one after the other, too
             blocks[arm](WARM + count, clocks[arm])
         except BaseException:
             turns.has_failed = True

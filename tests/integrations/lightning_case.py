@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from recipes import torchvision_on_cpu  # noqa: F401 -- before lightning, which imports torchvision
 
 with warnings.catch_warnings(action="ignore"):
+    pytest.importorskip("lightning")
     import lightning.pytorch as pl
     from lightning.fabric import Fabric  # noqa: F401 -- for the tests of Fabric
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import narrowcast
 from narrowcast.errors import CheckpointError, PrecisionError
-from narrowcast.integrations.finite_check import FiniteCheck, HostScaler, nonfinite_flags
+from narrowcast.integrations.finite_check import FiniteCheck, Flags, HostScaler
 from small_training import X, Y, is_equal, small_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -36,14 +36,14 @@ def test_a_flag_is_up_exactly_when_an_element_is_not_finite(
     good = gradient(size, dtype, strided=strided)
     before = good.clone()
 
-    (flag,) = nonfinite_flags([good])
+    (flag,) = Flags().raised([good]).values()
 
     assert (flag.dtype, flag.shape, flag.item()) == (torch.float32, (), 0.0)
     assert torch.equal(good, before)
     for value, place in product(BAD, {0, size // 2, size - 1} if size else set()):
         broken = gradient(size, dtype, strided=strided)
         broken[place] = value
-        (flag,) = nonfinite_flags([good, broken])
+        (flag,) = Flags().raised([good, broken]).values()
         assert flag.item() == 1.0
 
 
@@ -51,10 +51,16 @@ def test_gradients_of_several_formats_are_told_apart() -> None:
     """A flag for each; no gradients, no flags."""
     broken = torch.tensor([math.inf], dtype=torch.bfloat16)
 
-    flags = nonfinite_flags([torch.ones(2), broken, torch.ones(3)])
+    flags = Flags()
+    raised = flags.raised([torch.ones(2), broken, torch.ones(3)])
 
-    assert [flag.item() for flag in flags] == [0.0, 1.0]
-    assert nonfinite_flags([]) == []
+    assert {kind[1]: flag.item() for kind, flag in raised.items()} == {
+        torch.float32: 0.0,
+        torch.bfloat16: 1.0,
+    }
+    flags.lower()
+    assert [flag.item() for flag in flags.raised([torch.ones(2)]).values()] == [0.0]
+    assert flags.raised([]) == {}
 
 
 def train(scaler: FiniteCheck | torch.amp.GradScaler, break_at: int, *, late: bool) -> nn.Module:
@@ -142,3 +148,32 @@ def test_the_state_of_a_loss_scaler_is_refused() -> None:
     """It was saved in another precision, and says so."""
     with pytest.raises(CheckpointError, match="cannot be used"):
         FiniteCheck().load_state_dict(torch.amp.GradScaler("cpu").state_dict())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_sparse_and_fp64_gradients_go_torchs_way(late: bool) -> None:
+    """Where gradients are not all alike the scaler for hosts does what the drop-in does."""
+    ends = []
+    for scaler in (HostScaler("cpu"), narrowcast.GradScaler("cpu")):
+        torch.manual_seed(0)
+        table, wide = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2).double()
+        held = [*table.parameters(), *wide.parameters()]
+        optimizer = torch.optim.SGD(held, lr=0.1)
+        for i in range(4):
+            optimizer.zero_grad()
+            out = wide(table(torch.tensor([1, 2, 2])).double())
+            scaler.scale(out.square().sum()).backward()
+            assert wide.weight.grad is not None
+            if i == 2 and not late:
+                wide.weight.grad[0, 0] = math.inf
+            scaler.unscale_(optimizer)
+            if i == 2 and late:
+                wide.weight.grad[0, 0] = math.nan
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(([p.detach() for p in held], scaler.state_dict()))
+
+    (ours, our_state), (theirs, their_state) = ends
+    assert all(map(torch.equal, ours, theirs))
+    assert our_state == their_state
+    assert our_state["narrowcast"]["ledger"]["skips"][0]["step"] == 3

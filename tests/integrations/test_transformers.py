@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import narrowcast
-from integrations.trainer_case import STEPS, model, trainer
+from integrations.trainer_case import STEPS, AcceleratorState, model, trainer
 from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import CheckpointError, PrecisionError, UnknownName, UsageError
 from narrowcast.integrations.transformers import OPTIMIZERS, attach

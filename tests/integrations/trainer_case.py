@@ -6,12 +6,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from recipes import torchvision_on_cpu  # noqa: F401 -- before transformers, which imports torchvision
 
 with warnings.catch_warnings(action="ignore"):
+    pytest.importorskip("transformers")
+    from accelerate.state import AcceleratorState  # noqa: F401 -- for the tests
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 STEPS = 6

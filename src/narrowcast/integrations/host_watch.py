@@ -45,7 +45,8 @@ class HostWatch:
 
     def begin(self, step: int) -> None:
         """Note that a step begins, from 1; look at its values if it is time."""
-        self.close()
+        if self._open is not None:
+            self.close()
         self._step = step
         is_due = self._every > 0 and (self._row > 0 or step % self._every == 0)
         if is_due:
@@ -61,7 +62,8 @@ class HostWatch:
 
     def after(self, outcome: StepOutcome) -> str:
         """Look at how the step ended; return a symptom that is new, in words, or ''."""
-        self.close()
+        if self._open is not None:
+            self.close()
         skip = outcome.skip
         if skip is None:
             self._row = 0

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -32,7 +33,12 @@ from narrowcast.integrations.host_plan import HostPlan
 from narrowcast.integrations.hosts import first_host, mixed_class
 from narrowcast.plan import Plan
 from narrowcast.policy import Policy
-from narrowcast.precision.cast import torch_dtype
+from narrowcast.precision.cast import (
+    backward_context,
+    forward_context,
+    numeric_settings,
+    torch_dtype,
+)
 from narrowcast.precision.islands import CastInputs, CastOutputs, EnterIsland, cast_nest
 from narrowcast.records.run import SkippedStep
 from narrowcast.scaling.skips import SkipLimit, StepOutcome
@@ -90,6 +96,7 @@ class _Hooks:
         self.host_plan = plan
         self.precision = _lightnings_name(plan.policy)
         self.scaler = plan.scaler
+        self._scales = plan.policy.scaling != "none"
         self._has_stepped = False
         self._unscaled: set[int] = set()
 
@@ -108,11 +115,10 @@ class _Hooks:
         """What the plan did beside the obvious, and what executed otherwise than asked."""
         return (*self.host_plan.notes, *self.host_plan.first_pass.notes)
 
-    def forward_context(self) -> Surroundings:
-        return self.host_plan.forward
-
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Bring gradients to their own scale; a second call before the step does nothing."""
+        if not self._scales:
+            return
         own = _without_wrapper(optimizer)
         if id(own) not in self._unscaled:
             self._unscaled.add(id(own))
@@ -123,10 +129,10 @@ class _Hooks:
         return self.scaler.scale(loss)  # type: ignore[no-any-return]
 
     def _step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
-        self.host_plan.require_fit(optimizer)
         outcome = self.scaler.step(optimizer, **kwargs)
-        self._unscaled.discard(id(optimizer))
         self._has_stepped = True
+        if self._scales:
+            self._unscaled.discard(id(optimizer))
         return outcome
 
     def _end_step(self) -> None:
@@ -154,6 +160,9 @@ class _FabricHooks(_Hooks):
         self.host_plan.first_pass.on_first_call(module)
         return module
 
+    def forward_context(self) -> Surroundings:
+        return self.host_plan.forward
+
     def convert_output(self, data: Any) -> Any:
         """Cast outputs to the policy's format: the loss is computed outside of autocast."""
         policy = self.host_plan.policy
@@ -174,17 +183,30 @@ class _FabricHooks(_Hooks):
                 )
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        self.host_plan.require_fit(optimizer)
         return self._step(optimizer, **kwargs)
 
 
 class _TrainerHooks(_Hooks):
     """A plugin of the Trainer that carries out a Narrowcast plan."""
 
-    _module: Any = None
-    _schedulers: tuple[Any, ...] = ()
-    """The Trainer's settings of schedulers that step with the optimizer."""
-    _held: tuple[tuple[Any, int], ...] = ()
-    """Those of them that sit out this batch, and how often their turn comes."""
+    _after_closure: Callable[..., None]
+    """The host's own: calls the hooks before a step, and clips."""
+
+    def __init__(self, plan: HostPlan) -> None:
+        super().__init__(plan)
+        self._module: Any = None
+        self._settings = ExitStack()
+        """Numeric switches of the process, as the policy has them, until `teardown`."""
+        kind = plan.device.type
+        self._forward = forward_context(plan.policy, kind)
+        self._backward = backward_context(plan.policy, kind)
+        self._is_watched = False
+        """Whether the first pass has been looked at."""
+        self._schedulers: tuple[Any, ...] = ()
+        """The Trainer's settings of schedulers that step with the optimizer."""
+        self._held: tuple[tuple[Any, int], ...] = ()
+        """Those of them that sit out this batch, and how often their turn comes."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         self.host_plan.forget_models()
@@ -199,6 +221,7 @@ class _TrainerHooks(_Hooks):
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Give the optimizers their stores, and see that the Trainer's settings fit the plan."""
+        self._settings.enter_context(numeric_settings(self.host_plan.policy))
         accumulate = self._module.trainer.accumulate_grad_batches
         self.host_plan.require_narrow_sums(accumulate, setting="accumulate_grad_batches")
         adopted = [self.host_plan.adopt(each, self._module) for each in optimizers]
@@ -209,39 +232,46 @@ class _TrainerHooks(_Hooks):
         self._schedulers = tuple(c for c in lr_schedulers if steps and c.interval == "step")
         return model, adopted, lr_schedulers
 
+    def teardown(self) -> None:
+        """Give the process its numeric switches back."""
+        self._settings.close()
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        return self._forward
+
     def pre_backward(self, tensor: Tensor, module: Any) -> Any:
         parent: Any = super()
         return parent.pre_backward(self._scaled(tensor), module)
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kw: Any) -> None:
-        parent: Any = super()
-        with self.host_plan.backward:
-            parent.backward(tensor, model, optimizer, *args, **kw)
+        with self._backward:
+            model.backward(tensor, *args, **kw)
 
     def optimizer_step(
         self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         """Run forward and backward, then clip and step; returns the StepOutcome."""
-        parent: Any = super()
-        for settings, frequency in self._held:
-            settings.frequency = frequency
-        self._held = ()
-        loss = self.host_plan.first_pass.watched(closure, model)
+        if self._held:
+            self._release_schedulers()
+        loss = closure() if self._is_watched else self._watched(closure, model)
         if loss is None and model.automatic_optimization:  # training_step chose to leave it out
             self._hold_schedulers()
             return None
         self.unscale_gradients(optimizer)
-        parent._after_closure(model, optimizer)
+        self._after_closure(model, optimizer)
         outcome = self._step(optimizer, **kwargs)
         if self._schedulers and self.last_outcome is not None and not self.last_outcome.applied:
             self._hold_schedulers()
         return outcome
 
-    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+    def clip_gradients(
+        self, optimizer: Optimizer, clip_val: float = 0.0, *args: Any, **kwargs: Any
+    ) -> None:
         """Clip at the gradients' own scale, also when a manual optimization asks for it."""
-        parent: Any = super()
-        self.unscale_gradients(optimizer)
-        parent.clip_gradients(_without_wrapper(optimizer), *args, **kwargs)
+        if clip_val > 0:
+            parent: Any = super()
+            self.unscale_gradients(optimizer)
+            parent.clip_gradients(_without_wrapper(optimizer), clip_val, *args, **kwargs)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clip by the norm over all gradients, summed in fp32 whatever they are in."""
@@ -249,6 +279,15 @@ class _TrainerHooks(_Hooks):
         if pending:
             norms = gradients.norms(pending, gradients.norm_dtype(optimizer))
             gradients.clip(pending, norms, clip_val)
+
+    def _watched(self, closure: Callable[[], Any], model: nn.Module) -> Any:
+        self._is_watched = True
+        return self.host_plan.first_pass.watched(closure, model)
+
+    def _release_schedulers(self) -> None:
+        for settings, frequency in self._held:
+            settings.frequency = frequency
+        self._held = ()
 
     def _hold_schedulers(self) -> None:
         self._held = tuple((settings, settings.frequency) for settings in self._schedulers)

@@ -137,6 +137,7 @@ class _CallbackHooks:
 
     def __init__(self, attached: AttachedPrecision, watch: HostWatch, ledger_at: int) -> None:
         self.precision = attached
+        self._scaler = attached.scaler
         self.watch = watch
         self.memory: MemoryRecord | None = None
         """Where the peak of one step went; None before it was measured."""
@@ -170,20 +171,16 @@ class _CallbackHooks:
             self._ledger.__enter__()
         self.watch.begin(state.global_step + 1)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        self.watch.close()
-
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        outcome = self.last_outcome
-        if outcome is not None:
-            _warn(self.watch.after(outcome))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        outcome = self._scaler.last_outcome
+        if outcome is not None and (said := self.watch.after(outcome)):
+            warnings.warn(said, stacklevel=2)
         if self._rounds:
             self._keep_state(state)
-        if self._ledger is None:
-            return
-        ledger = self._ledger
+        if self._ledger is not None:
+            self._record_memory(args, state, self._ledger)
+
+    def _record_memory(self, args: Any, state: Any, ledger: MemoryLedger) -> None:
         self.close()
         self.memory = ledger.record(
             precision=self.precision.host_plan.plan.name, batch_size=args.train_batch_size
@@ -201,10 +198,11 @@ class _CallbackHooks:
             return
         added: dict[str, Any] = {"skipped_steps": len(self.skips)}
         if self.precision.host_plan.policy.scaling != "none":
-            added["loss_scale"] = self.precision.scaler.get_scale()
+            added["loss_scale"] = self._scaler.get_scale()
         for line in (logs, state.log_history[-1]):
             line.update(added)
-        _warn(self.watch.heard(float(logs["loss"])))
+        if said := self.watch.heard(float(logs["loss"])):
+            warnings.warn(said, stacklevel=2)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Go on from a checkpoint's plan, if the training is a resumed one."""
@@ -216,7 +214,7 @@ class _CallbackHooks:
     def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         self.close()
         for said in self.precision.host_plan.without_effect():
-            _warn(said)
+            warnings.warn(said, stacklevel=2)
 
     def _keep_state(self, state: Any) -> None:
         """Leave the plan where the Trainer saves it with every checkpoint."""
@@ -230,8 +228,3 @@ class _CallbackHooks:
         if self._ledger is not None:
             self._ledger.__exit__(None, None, None)
             self._ledger = None
-
-
-def _warn(words: str) -> None:
-    if words:
-        warnings.warn(words, stacklevel=3)
