@@ -21,7 +21,6 @@ from typing import Any
 
 from gpu_parts.training import WORKLOADS, workload_recipe
 from provenance import RESULTS, write_results
-from torch import nn
 
 from narrowcast.errors import NarrowcastError
 from narrowcast.plan import AUTO_BLOCKS, EVERYWHERE, PLANS, ActivationRule, Plan
@@ -38,14 +37,24 @@ SHARES = {
     "resnet50": (0.60, 0.34, 0.15),
 }
 SPLIT, LEAN = PLANS["bf16-split"], PLANS["lean"]
+# Some of the blocks: every second one of a transformer, and of ResNet-50 those of two stages,
+# which hold the most and compute the least.
+SOME = {
+    name: tuple(ActivationRule(modules=glob, lever="checkpoint") for glob in globs)
+    for name, globs in {
+        "gpt2-124m": ("blocks.[13579]", "blocks.?[13579]"),
+        "gpt2-350m": ("blocks.[13579]", "blocks.?[13579]"),
+        "vit-b16": ("blocks.[13579]", "blocks.?[13579]"),
+        "resnet50": ("stages.[01].?",),
+    }.items()
+}
 REMAKE = ActivationRule(modules=EVERYWHERE, lever="remake")
 CHECKPOINT = ActivationRule(modules=AUTO_BLOCKS, lever="checkpoint")
-INT8 = ActivationRule(modules=AUTO_BLOCKS, lever="int8")
 OFFLOAD = ActivationRule(modules=AUTO_BLOCKS, lever="offload")
 _COUNTERS = ("allocated_bytes", "reserved_bytes")
 
 
-def ladder(*, batch_norm: bool) -> Iterator[Plan]:
+def ladder(name: str) -> Iterator[Plan]:
     """Yield plans, the fastest first as far as one can tell without a GPU.
 
     Batches are split nowhere: summing bf16 gradients without loss takes six bytes a parameter,
@@ -58,16 +67,10 @@ def ladder(*, batch_norm: bool) -> Iterator[Plan]:
     offloaded = replace(released, activations=(*LEAN.activations, OFFLOAD))
     yield from (chunked, remade, replace(remade, gradients="release"))
     yield replace(narrow, gradients="release")
-    if batch_norm:  # blocks of convolutions are large, and computing one again holds all of it
-        yield replace(narrow, activations=(*narrow.activations, INT8), gradients="release")
+    yield replace(remade, activations=(*remade.activations, *SOME[name]), gradients="release")
     yield replace(remade, activations=(*remade.activations, CHECKPOINT), gradients="release")
     yield from (LEAN, released, offloaded)
     yield from (replace(plan, weights="stochastic") for plan in (released, offloaded))
-
-
-def has_batch_norm(recipe: Recipe) -> bool:
-    model = recipe.build_model()
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def peaks(recipe: Recipe, plan: Plan, device: str) -> dict[str, int]:
@@ -79,7 +82,7 @@ def chosen(name: str, device: str) -> list[dict[str, Any]]:
     """Climb down the ladder for each share, predicting each plan once."""
     recipe = workload_recipe(name, tiny=False)
     whole = peaks(recipe, PLANS["bf16"], device)
-    rungs = ladder(batch_norm=has_batch_norm(workload_recipe(name, tiny=True)))
+    rungs = ladder(name)
     known: list[tuple[Plan, dict[str, int]]] = []
     rows = []
     for share in SHARES[name]:

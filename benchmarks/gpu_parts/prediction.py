@@ -11,7 +11,6 @@ import copy
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -41,13 +40,14 @@ BATCHES: dict[str, tuple[int, int, int]] = {
 }
 _COUNTERS = ("requested", "allocated", "reserved")
 _MOST_WORKERS = 8
+WORKLOADS = 3 * len(BATCHES)
 
 
 def rows() -> Iterator[dict[str, Any]]:
     """Yield the 24 workloads, each in one precision, then all others in the rest.
 
-    The first 24 are taken so that every model meets three precisions and every precision eight or
-    nine of the 24 to 40 pairs; what time is left goes to the other precisions at the first batch.
+    Of the first 24 every model meets three precisions, and every precision four or five of the
+    models; what time is left goes to the other precisions at the first batch.
     """
     first = []
     for place, (model, batches) in enumerate(BATCHES.items()):
@@ -63,40 +63,32 @@ def rows() -> Iterator[dict[str, Any]]:
                 yield row
 
 
-WORKLOADS = 24
-
-
 def run(ask: Ask) -> None:
     sheet = Sheet("prediction", ask, workloads=WORKLOADS, question="predicted and measured peaks")
     gpu = gpu_at_hand()
     sheet.write(predicted_for=gpu)
-    todo = [row for row in rows() if sheet.find(**row) is None]
-    todo = todo[: len(BATCHES)] if ask.rehearse else todo
+    most = len(BATCHES) if ask.rehearse else None
+    every = list(enumerate(rows()))[:most]
+    todo = [(number, key) for number, key in every if sheet.find(**key) is None]
     workers = max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) - 2))
     spawning = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawning, initializer=_one_thread)
-    try:
-        asked = [pool.submit(predicted, key, gpu, tiny=ask.rehearse) for key in todo]
+    # Leaving the block ends the workers, whatever they are at.
+    with spawning.Pool(workers, initializer=_one_thread) as pool:
+        asked = [pool.apply_async(predicted, (key, gpu, ask.rehearse)) for _, key in todo]
         models: dict[str, nn.Module] = {}
-        for number, (key, future) in enumerate(zip(todo, asked, strict=True)):
+        for (number, key), future in zip(todo, asked, strict=True):
             with sheet.trying(**key) as found:
                 found["among_24"] = number < WORKLOADS
                 if ask.clock.is_over():
                     found["not_run"] = "out of time"
                     continue
                 found["measured"] = measured(key, ask, models)
-                found["predicted"] = _waited(future, ask)
+                found["predicted"] = future.get(max(ask.clock.left_s, 1.0))
                 found |= _errors(found["predicted"], found["measured"])
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def _waited(future: Future[dict[str, int]], ask: Ask) -> dict[str, int]:
-    return future.result(timeout=max(ask.clock.left_s, 1.0))
 
 
 def _recipe(key: dict[str, Any], *, tiny: bool) -> Recipe:
@@ -105,8 +97,8 @@ def _recipe(key: dict[str, Any], *, tiny: bool) -> Recipe:
     return load_recipe(RECIPE, options)
 
 
-def predicted(key: dict[str, Any], gpu: str, *, tiny: bool) -> dict[str, int]:
-    """Predict a row's peaks without a GPU."""
+def predicted(key: dict[str, Any], gpu: str, tiny: bool) -> dict[str, int]:
+    """Predict a row's peaks without a GPU; called in another process, by position."""
     record = predict_memory(_recipe(key, tiny=tiny), key["precision"], device=gpu, break_even=False)
     return {f"{name}_bytes": getattr(record, f"{name}_bytes") for name in _COUNTERS}
 

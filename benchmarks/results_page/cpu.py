@@ -119,9 +119,7 @@ def _ladder(records: Records, page: Page) -> None:
             group=0 if "predicted_bytes" in r else 2)
         for r in sorted(all_of, key=lambda r: -r["measured_bytes"])
     ]  # fmt: skip
-    title = (
-        f"Measured peak over fp32's, {case}: ours (blue) and plain loops with others' optimizers"
-    )
+    title = f"Measured peak over fp32's, {case}: ours (blue), others' optimizers in plain loops"
     page.chart("cpu-ladder", bars(title, shown, axis="share of fp32", mark=1.0), title)
     page.source("memory-ladder-cpu", record, n="n = 1, exact bytes")
 
@@ -202,6 +200,24 @@ def _overhead(records: Records, page: Page) -> None:
     body = [(r["loop"], r["precision"], cost(r), r["n"], r["note"]) for r in rows]
     page.say(table(("loop", "precision", "us a step", "n", "note"), body))
     page.source("overhead-cpu", record)
+
+
+def _adapters(records: Records, page: Page) -> None:
+    record = records.get("adapters-cpu")
+    if record is None:
+        return
+    page.say(
+        "### What the adapters cost",
+        "Microseconds a step over the trainer's own precision handling, same smallest model.",
+    )
+    body = []
+    for row in record["rows"]:
+        low, high = row["quartiles_us"]
+        cost = f"{row['overhead_us']:+.1f} ({low:+.1f} to {high:+.1f})"
+        body.append((row["host"], row["precision"], f"{row['own_us']:.0f}", cost, row["n"]))
+    head = ("trainer", "precision", "its own step, us", "ours on top, us", "n")
+    page.say(table(head, body))
+    page.source("adapters-cpu", record)
 
 
 def _budgets(records: Records, page: Page) -> None:
@@ -316,6 +332,7 @@ SECTIONS: tuple[Callable[[Records, Page], Any], ...] = (
     _published_peaks,
     _optimizer,
     _overhead,
+    _adapters,
     _budgets,
     _robustness,
     _watching,

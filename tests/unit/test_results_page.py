@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -163,6 +164,17 @@ def test_points_and_lines_stay_within_the_chart() -> None:
     ):
         assert ET.fromstring(svg).get("width") == "840"
         assert "nan" not in svg
+
+
+def test_labels_of_points_at_one_place_do_not_cover_each_other() -> None:
+    """Ten of them: no two closer than a line is high."""
+    points = [Point(label=f"loop {k}", x=1.0, y=1.0) for k in range(10)]
+    root = ET.fromstring(scatter("s", points, x_axis="x", y_axis="y"))
+    texts = root.iter("{http://www.w3.org/2000/svg}text")
+    levels = sorted(float(t.get("y")) for t in texts if (t.text or "").startswith("loop"))
+
+    assert len(levels) == 10
+    assert all(b - a >= 13 for a, b in itertools.pairwise(levels))
 
 
 def test_numbers_read_right_and_words_left() -> None:
