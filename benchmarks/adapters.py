@@ -218,9 +218,10 @@ def transformers(precision: str, *, ours: bool) -> Block:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.clock.tick()
 
-    data = [{"x": torch.randn(16), "labels": torch.tensor(1)} for _ in range(8)]
+    sample = {"x": torch.randn(16), "labels": torch.tensor(1)}
 
     def block(count: int, clock: Clock) -> None:
+        data = [sample] * (8 * count)  # one epoch, as a step is not one
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder, use_cpu=True, max_steps=count, logging_strategy="no",

@@ -7,12 +7,14 @@ tests/numerics/test_faults_are_real.py, which trains them without the diagnosis.
 named when the verdict is one of those that are right and accuses a place that is right; its rank is
 where such a finding stands among all. A set of operations counts as the set of their modules. That
 what is to be kept in fp32 cures is told by one more training, without the diagnosis. Names of cases
-select some. Writes benchmarks/results/diagnosis-cpu.json when all were run.
+select some; the others' rows stay in benchmarks/results/diagnosis-cpu.json, each with its date and
+commit. With --verdicts-only nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import write_results
+from provenance import RESULTS, provenance, write_results
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +37,7 @@ from faults.truth import shows, training
 # What says nothing against a run: neither that it is well, nor that it is not.
 UNDECIDED = ("inconclusive", "not reproducible")
 ERROR = "error"
+NAME = "diagnosis-cpu"
 
 
 def is_right(case: Case, finding: Finding) -> bool:
@@ -180,6 +183,17 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def merged(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return all rows of the record, with the new ones in the place of those of their cases."""
+    path = RESULTS / f"{NAME}.json"
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    here = provenance()
+    when = f"{here['date']} at {here['commit']}"
+    rows = {row["case"]: row for row in old}
+    rows |= {row["case"]: {**row, "measured": when} for row in new}
+    return [rows[case.name] for case in CASES if case.name in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", help="names of cases; none: all")
@@ -197,8 +211,9 @@ def main() -> None:
     found = totals(rows)
     for name, value in found.items():
         console.print(f"{name.replace('_', ' ')}: {value}", highlight=False)
-    if not asked.cases and not asked.verdicts_only:
-        write_results("diagnosis-cpu", rows, totals=found)
+    if not asked.verdicts_only:
+        whole = merged(rows)
+        write_results(NAME, whole, totals=totals(whole))
 
 
 if __name__ == "__main__":

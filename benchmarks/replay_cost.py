@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "suspects": {"ranges": "suspects", "errors": False},
     "ranges": {"errors": False},
     "ranges and errors": {},
-    "fp32 with samples": {"policy_reference": True, "samples": 4096},
+    "fp32": {"policy_reference": True},
 }
 
 

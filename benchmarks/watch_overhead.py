@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from provenance import RESULTS, write_results
+from provenance import RESULTS, provenance, write_results
 
 from narrowcast.data import to_device
 from narrowcast.plan import plan_named
@@ -91,6 +91,10 @@ def watching(every: int) -> Callable[[Loop], Block]:
     return lambda loop: loop.watched(Watch(loop.engine, every=every))
 
 
+def shadowing(loop: Loop) -> Block:
+    return loop.watched(Watch(loop.engine, shadow=loop.loss))
+
+
 def underflow_overflow(loop: Loop) -> Block:
     from transformers.debug_utils import DebugUnderflowOverflow
 
@@ -110,6 +114,7 @@ LOOPS = {
     "plain": (plain, 1),
     "plain again": (plain, 1),
     f"watch, values every {EVERY} steps": (watching(EVERY), 1),
+    f"watch, and a loss in fp32, every {EVERY} steps": (shadowing, 1),
     "watch, values never": (watching(0), 1),
     "watch, values at every step": (watching(1), 10),
     "DebugUnderflowOverflow": (underflow_overflow, 10),
@@ -129,6 +134,8 @@ class Row:
     n: int = 0
     ratios: list[float] | None = None
     note: str = ""
+    measured: str = ""
+    """When, and at which commit: cases may be measured one by one."""
 
 
 def timed(block: Block) -> float:
@@ -206,13 +213,13 @@ def state_costs() -> dict[str, float]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'case':14}{'loop':36}{'ms/step':>9}{'ratio':>8}{'quartiles':>18}  note"]
+    lines = [f"{'case':14}{'loop':46}{'ms/step':>9}{'ratio':>8}{'quartiles':>18}  note"]
     for one in rows:
         spread = "" if one["quartiles"] is None else "{:.3f} .. {:.3f}".format(*one["quartiles"])
         ratio = "" if one["ratio"] is None else f"{one['ratio']:.3f}"
         ms = "-" if one["ms"] is None else f"{one['ms']:.2f}"
         lines.append(
-            f"{one['case']:14}{one['loop']:36}{ms:>9}{ratio:>8}{spread:>18}  {one['note']}"
+            f"{one['case']:14}{one['loop']:46}{ms:>9}{ratio:>8}{spread:>18}  {one['note']}"
         )
     return "\n".join(lines)
 
@@ -233,6 +240,9 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = asked.case or list(CASES)
     rows = kept(cases) + [to_json(one) for case in cases for one in measure(case, asked.rounds)]
+    here = provenance()
+    now = f"{here['date']} at {here['commit']}, {asked.rounds} rounds"
+    rows = [one if one["case"] not in cases else {**one, "measured": now} for one in rows]
     rows.sort(key=lambda one: list(CASES).index(one["case"]))
     print(table(rows))
     costs = state_costs()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -35,6 +36,7 @@ from narrowcast.user_code import user_code
 __all__ = [
     "BatchStream",
     "MapDataset",
+    "Repeated",
     "batch_len",
     "epoch_order",
     "evaluation_batches",
@@ -52,6 +54,20 @@ class MapDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The first `length` samples of an endless repetition of a dataset."""
+
+    data: MapDataset
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.data[index % len(self.data)]
 
 
 class BatchStream:

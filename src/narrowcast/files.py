@@ -14,6 +14,7 @@ from narrowcast.errors import RunDirectoryError
 
 __all__ = [
     "cannot_write",
+    "flush",
     "remove_leftovers",
     "replacing",
     "require_replaceable",
@@ -108,10 +109,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         temporary.chmod(0o644)  # mkstemp makes it private to the user
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
         temporary = None
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:
@@ -151,7 +152,7 @@ def _require_access(place: Path, path: Path, mode: int) -> None:
         raise cannot_write(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make a file, or a rename in a directory, durable, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

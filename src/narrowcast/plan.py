@@ -91,6 +91,7 @@ class Plan:
             if value not in known:
                 raise UnknownName.of(what, value, known)
         _require_name(self.name)
+        self.policy.require_label("plan", self.name)
         object.__setattr__(self, "activations", tuple(self.activations))
         if not isinstance(self.micro_batches, int) or self.micro_batches < 1:
             raise UsageError(f"micro_batches is {self.micro_batches!r}", hint="1 or more")
@@ -185,6 +186,12 @@ PLANS |= {
         ),
     )
 }
+# fp8 saves no memory by itself: the stores do, and the two are one plan.
+for _policy in (
+    replace(_BF16_WEIGHTS, name="fp8-split", linears="fp8"),
+    replace(_BF16_WEIGHTS, name="fp8-split-emulated", linears="fp8-emulated"),
+):
+    PLANS[_policy.name] = replace(PLANS["bf16-split"], name=_policy.name, policy=_policy)
 
 
 def plan_named(name: str) -> Plan:

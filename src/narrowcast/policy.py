@@ -9,7 +9,9 @@ and refuse precisions before anything heavy is loaded.
     fp16       autocast to fp16, fp32 weights as the master copy, dynamic loss scaling
     bf16       autocast to bf16, fp32 weights as the master copy, no scaling needed
     bf16-true  weights, gradients and optimizer state in bf16: no master copy, updates get lost
-    auto       one of the above, chosen for the device, with the reason
+    fp8        bf16, and the three products of linear layers in fp8, on hardware that has it
+    fp8-emulated  the same roundings on any device: slower than bf16, and no measure of speed
+    auto       one of the above but fp8, chosen for the device, with the reason
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ __all__ = ["ALIASES", "POLICIES", "Policy", "policy_named"]
 
 Scaling = Literal["none", "dynamic"]
 AutocastRules = Literal["native", "cuda"]
+Linears = Literal["compute", "fp8", "fp8-emulated"]
+
+_EMULATED = "emulated"
+"""Stands in the name of every policy and plan that emulates, and so in all that is told of it."""
 
 _CLASS_PREFIX = "class:"
 
@@ -84,12 +90,19 @@ class Policy:
     functions of modules, as ``glob:function`` (``blocks.*.attention:softmax``)."""
     autocast_rules: AutocastRules = "native"
     """``cuda`` rehearses CUDA's cast lists on a CPU; ``native`` follows the device's own."""
+    linears: Linears = "compute"
+    """What linear layers multiply in: the compute format, fp8, or an emulation of fp8."""
 
     def __post_init__(self) -> None:
         for field in (self.param, self.compute, self.reduce, self.output):
             float_format(field)
-        if self.autocast_rules not in get_args(AutocastRules):
-            raise UnknownName.of("autocast rules", self.autocast_rules, get_args(AutocastRules))
+        for what, value, known in (
+            ("autocast rules", self.autocast_rules, get_args(AutocastRules)),
+            ("format of linear layers", self.linears, get_args(Linears)),
+        ):
+            if value not in known:
+                raise UnknownName.of(what, value, known)
+        self._require_fp8_fits()
         entries: tuple[str | type, ...] = tuple(self.keep_fp32)
         object.__setattr__(self, "keep_fp32", tuple(_as_pattern(e) for e in entries))
         if self.compute == "fp16" and self.scaling == "none":
@@ -104,6 +117,30 @@ class Policy:
                 "and small updates are lost",
                 hint="use param='fp32' (policy fp16) or bf16 weights (policy bf16-true)",
             )
+
+    def _require_fp8_fits(self) -> None:
+        if self.linears == "compute":
+            return
+        if self.compute != "bf16":
+            raise UsageError(
+                f"policy {self.name!r} multiplies linear layers in {self.linears} and computes "
+                f"all else in {self.compute}",
+                hint="fp8 goes with compute='bf16', which has the range that is left around it",
+            )
+        self.require_label("policy", self.name)
+
+    def require_label(self, kind: str, name: str) -> None:
+        """Raise UsageError for the name of a policy or plan that emulates and does not say so."""
+        if self.emulates and _EMULATED not in name:
+            raise UsageError(
+                f"{kind} {name!r} emulates fp8, and its name does not say so",
+                hint=f"put {_EMULATED!r} into the name: figures of an emulation are known by it",
+            )
+
+    @property
+    def emulates(self) -> bool:
+        """Whether products are computed in another format than the one they are rounded for."""
+        return self.linears == "fp8-emulated"
 
     @property
     def autocasts(self) -> bool:
@@ -147,6 +184,8 @@ POLICIES: dict[str, Policy] = {
         Policy(name="fp16", compute="fp16", scaling="dynamic"),
         Policy(name="bf16", compute="bf16"),
         Policy(name="bf16-true", param="bf16", compute="bf16"),
+        Policy(name="fp8", compute="bf16", linears="fp8"),
+        Policy(name="fp8-emulated", compute="bf16", linears="fp8-emulated"),
     )
 }
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from narrowcast.data import (
     BatchStream,
     MapDataset,
+    Repeated,
     batch_len,
     evaluation_batches,
     split_batch,
@@ -36,6 +37,7 @@ from narrowcast.errors import PrecisionError, RecipeError
 from narrowcast.memory.break_even import Bracket, Sides, break_even_of, search
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.memory.storages import tensors_in
+from narrowcast.parallel.peers import ALONE, Peers
 from narrowcast.plan import Plan
 from narrowcast.policy import Policy, policy_named
 from narrowcast.precision.cast import backward_context, forward_context, numeric_settings
@@ -88,7 +90,7 @@ def measure_recipe(
         record = replace(record, options=option_values(recipe), notes=notes)
         if cross_check:
             record = _cross_checked(record, bench, seen=ledger.peak_seen_bytes)
-        if break_even and plan.policy.autocasts:
+        if break_even and plan.policy.autocasts and plan.policy.linears == "compute":
             record = replace(record, break_even=_break_even(bench, record, ledger))
     return record
 
@@ -114,6 +116,10 @@ class Bench:
     """Returns a batch of another size, on the CPU."""
     stepping: AbstractContextManager[Any]
     """What optimizers step under."""
+    peers: Peers = ALONE
+    """The ranks that share each batch, of which this one takes its part."""
+    buckets: Callable[[], list[Tensor]] = list
+    """Returns what gradients lie in that no parameter shows between two steps."""
 
     @classmethod
     def of(
@@ -126,6 +132,7 @@ class Bench:
         batch: Any,
         model: nn.Module | None = None,
         stepping: AbstractContextManager[Any] | None = None,
+        peers: Peers = ALONE,
     ) -> Bench:
         """Put a recipe's training together on a device, with a batch of its data."""
         model = (recipe.build_model() if model is None else model).to(device)
@@ -136,11 +143,12 @@ class Bench:
             plan=plan,
             model=model,
             optimizer=optimizer,
-            engine=Engine(model, optimizer, plan, device=device),
+            engine=Engine(model, optimizer, plan, device=device, peers=peers),
             loss=recipe.compute_loss,
             batch=to_device(batch, device),
             batch_of=lambda size: _batch_of(recipe, data, size),
             stepping=nullcontext() if stepping is None else stepping,
+            peers=peers,
         )
 
     @property
@@ -169,8 +177,9 @@ class Bench:
         for part in split_batch(self.batch, self.plan.micro_batches):
             with self.engine.forward():
                 loss = self.loss(self.model, part)
-            released = self.stepping if self.plan.gradients == "release" else nullcontext()
-            with released, user_code(self.path, "the backward pass"):
+            reads = self.plan.gradients == "release" or self.peers.kind  # numbers, in backward
+            around = self.stepping if reads else nullcontext()
+            with around, user_code(self.path, "the backward pass"):
                 self.engine.backward(loss)
             with self.stepping, user_code(self.path, "the step of the optimizer"):
                 applied = self.engine.step().applied
@@ -196,31 +205,22 @@ class Bench:
         )
 
 
-def first_batch(recipe: Recipe, size: int, seed: int) -> tuple[MapDataset, Any]:
-    """Return a recipe's training data, and the batch that a training of this seed begins with."""
+def first_batch(
+    recipe: Recipe, size: int, seed: int, *, share: tuple[int, int] = (0, 1)
+) -> tuple[MapDataset, Any]:
+    """Return a recipe's training data, and the batch that a training of this seed begins with.
+
+    Of `share` = (rank, ranks) the rank's part; raises UsageError where they do not divide it.
+    """
     data, _ = recipe.load_data()
-    _, batch = next(BatchStream(data, size, seed=seed, collate=recipe.collate))
+    _, batch = next(BatchStream(data, size, seed=seed, collate=recipe.collate, share=share))
     return data, batch
 
 
 def _batch_of(recipe: Recipe, data: MapDataset, size: int) -> Any:
     """Collate the first `size` samples, over and over again where there are fewer."""
-    _, batch = next(evaluation_batches(_Repeated(data, size), size, recipe.collate))
+    _, batch = next(evaluation_batches(Repeated(data, size), size, recipe.collate))
     return batch
-
-
-@dataclass(frozen=True)
-class _Repeated:
-    """The first `length` samples of an endless repetition of a dataset."""
-
-    data: MapDataset
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int, /) -> Any:
-        return self.data[index % len(self.data)]
 
 
 def notes_on(bench: Bench, device: torch.device) -> list[str]:

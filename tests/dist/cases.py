@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from narrowcast.errors import NarrowcastError
 from narrowcast.parallel.meeting import Meeting
 from narrowcast.parallel.peers import joined
-from narrowcast.parallel.together import Together, together_in
+from narrowcast.parallel.together import KINDS, Together, together_in
 from narrowcast.plan import Plan, plan_named
 from narrowcast.policy import POLICIES
 from narrowcast.recipes.load import load_recipe
@@ -27,6 +29,7 @@ from narrowcast.records.codec import to_json
 from narrowcast.training.train import TrainOptions, train
 
 RECIPE = str(Path(__file__).parent / "line.py")
+PARTS = str(Path(__file__).parent / "parts.py")
 CPU = torch.device("cpu")
 PLANS = ("fp32", "bf16", "fp16", "bf16-true", "bf16-split", "lean")
 QUICK = {"steps": 6, "evaluate_every": 2, "measure": False, "watch": 0}
@@ -36,17 +39,19 @@ def run(
     together: Together | None,
     directory: Path,
     plan: Plan | str = "fp32",
-    *settings: str,
+    *words: str,
+    settings: tuple[str, ...] = (),
+    recipe: str = RECIPE,
     resume: bool = False,
     stop_at: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train, and return the record as JSON."""
-    recipe = load_recipe(RECIPE, settings)
+    loaded = load_recipe(recipe, (*words, *settings))
     chosen = plan_named(plan) if isinstance(plan, str) else plan
     asked = TrainOptions(**{**QUICK, **options})
     record = train(
-        recipe,
+        loaded,
         chosen,
         asked,
         directory,
@@ -66,19 +71,46 @@ def released() -> Plan:
     )
 
 
-def main(root: Path) -> None:
-    """Run every case, and leave what each rank saw in ``rank-N.json``."""
-    first = together_in("ddp", os.environ).meeting
-    world, seen = first.world, {}
+def islands() -> Plan:
+    """Keep a whole block, and two layers that share a weight, in fp32."""
+    plan = plan_named("bf16-split")
+    policy = plan.policy.keeping_fp32("blocks.1", "head", "again")
+    return replace(plan, name="islands", policy=policy)
 
-    def case(name: str, act: Callable[[Together], Any]) -> None:
-        met = Meeting(replace(world, attempt=len(seen) + 1), first.store)
+
+Act = Callable[[Together], Any]
+
+
+class Cases:
+    """Runs one case after another, and keeps what this rank saw of each."""
+
+    def __init__(self) -> None:
+        self._first = together_in("ddp", os.environ).meeting
+        self.world = self._first.world
+        self.seen: dict[str, Any] = {}
+
+    def __call__(self, name: str, act: Act, *, kind: str = "ddp") -> None:
+        met = Meeting(replace(self.world, attempt=len(self.seen) + 1), self._first.store)
         try:
             with met.failing_together():
-                seen[name] = act(Together(kind="ddp", meeting=met))
+                self.seen[name] = act(Together(kind=kind, meeting=met))
         except NarrowcastError as error:
-            seen[name] = {"error": type(error).__name__, "message": error.message}
+            self.seen[name] = {"error": type(error).__name__, "message": error.message}
 
+
+def main(root: Path, other: Path | None) -> None:
+    """Run every case, and leave what each rank saw in ``rank-N.json``.
+
+    `other` is where the cases of another number of ranks left their runs.
+    """
+    case = Cases()
+    whole_models(case, root)
+    sharded(case, root, other)
+    (root / f"rank-{case.world.rank}.json").write_text(json.dumps(case.seen))
+
+
+def whole_models(case: Cases, root: Path) -> None:
+    """DDP."""
     for plan in PLANS:
         case(plan, lambda t, p=plan: run(t, root / p, p))  # type: ignore[misc]
         case(
@@ -101,10 +133,74 @@ def main(root: Path) -> None:
     case("unseeded", lambda t: run(t, root / "unseeded", "fp32", "unseeded=true"))
     case("indivisible", lambda t: run(t, root / "indivisible", "fp32", "batch_size=7"))
     case("released", lambda t: run(t, root / "released", released()))
-    own = "fp32" if world.rank == 0 else "bf16"
+    own = "fp32" if case.world.rank == 0 else "bf16"
     case("mismatch", lambda t: run(t, root / "mismatch", own))
     case("collectives", collectives)
-    (root / f"rank-{world.rank}.json").write_text(json.dumps(seen))
+
+
+def sharded(case: Cases, root: Path, other: Path | None) -> None:
+    """FSDP2; its runs lie in folders that begin with fsdp2."""
+    is_pair = case.world.size == 2
+
+    def cut(name: str, *words: Any, kind: str = "fsdp2", **options: Any) -> None:
+        where = root / f"{kind}-{name}"
+        case(where.name, lambda t: run(t, where, *words, **options), kind=kind)
+
+    for plan in PLANS if is_pair else ("fp32", "lean"):
+        cut(plan, plan)
+        cut(f"{plan}-clipped", plan, accumulate=2, clip_norm=0.5)
+        for kind in KINDS if is_pair else ():
+            cut(f"{plan}-summed", plan, kind=kind, accumulate=2)
+    cut("sgd", "fp32", "plain_sgd=true", steps=1)
+    cut("buffers", "bf16-split", "buffers=true")
+    for name, what in (("overflow", 1), ("infinite", 2)):
+        cut(name, "fp16", "odd=7", f"kind={what}")
+    for plan in ("fp32", "bf16-split", "lean"):
+        for kind in KINDS:
+            cut(f"odd-{plan}", plan, kind=kind, recipe=PARTS, steps=1)
+            if is_pair:
+                cut(f"even-{plan}", plan, "even=true", "norms=true", kind=kind, recipe=PARTS)
+    for kind in KINDS if is_pair else ():
+        words = ("lean", "even=true", "norms=true")
+        cut("uncut-summed", *words, kind=kind, recipe=PARTS, accumulate=2)
+        cut("islands", islands(), "even=true", kind=kind, recipe=PARTS)
+    if is_pair:
+        cut("measured", "bf16", measure=True, watch=2)
+        cut("unused", "fp32", "unused=true")
+        cut("adafactor", "fp32", "adafactor=true", recipe=PARTS)
+        cut("strided", "fp32", "strided=true", recipe=PARTS)
+        cut("fickle", "fp32", "fickle=true", recipe=PARTS)
+        cut("shadow", "bf16", watch=2, shadow=True)
+        case("fsdp2-released", lambda t: run(t, root / "no", released()), kind="fsdp2")
+        going_on(case, root)
+    cut("still", "bf16-split", "still=true", recipe=PARTS, stop_at=3 if is_pair else None)
+    if other is not None:
+        left, where = other / "fsdp2-still", root / "grown"
+        act = partial(run, plan="bf16-split", settings=("still=true",), recipe=PARTS)
+        case("grown", partial(resumed_copy, left, where, act), kind="fsdp2")
+
+
+def going_on(case: Cases, root: Path) -> None:
+    """Checkpoints of each kind, continued by each."""
+    for plan in ("bf16-split", "lean"):
+        act = partial(run, plan=plan, settings=("dropout=0.3",))
+        whole = root / f"fsdp2-whole-{plan}"
+        case(whole.name, partial(act, directory=whole), kind="fsdp2")
+        for saved in (*KINDS, "one"):
+            left = root / f"left-by-{saved}-{plan}"
+            if saved != "one":
+                case(left.name, partial(act, directory=left, stop_at=3), kind=saved)
+            elif case.world.rank == 0:
+                act(None, directory=left, stop_at=3)
+            for kind in KINDS:
+                where = root / f"{saved}-to-{kind}-{plan}"
+                case(where.name, partial(resumed_copy, left, where, act), kind=kind)
+
+
+def resumed_copy(left: Path, where: Path, act: Any, together: Together) -> Any:
+    """Go on with a copy of a run."""
+    together.meeting.from_main("copied", lambda: str(shutil.copytree(left, where)))
+    return act(together, directory=where, resume=True)
 
 
 def collectives(together: Together) -> dict[str, Any]:
@@ -127,4 +223,4 @@ def collectives(together: Together) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

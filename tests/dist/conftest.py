@@ -25,8 +25,9 @@ class Seen:
         return found
 
 
-def _seen(ranks: int, root: Path) -> Seen:
-    ended = torchrun(ranks, str(HERE / "cases.py"), str(root), NARROWCAST_WAIT_S="60")
+def _seen(ranks: int, root: Path, *others: Path) -> Seen:
+    words = (str(HERE / "cases.py"), str(root), *map(str, others))
+    ended = torchrun(ranks, *words, NARROWCAST_WAIT_S="60")
     assert ended.code == 0, ended.stderr[-3000:]
     return Seen(
         root, [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
@@ -40,6 +41,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 
 @pytest.fixture(scope="session")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What four ranks saw."""
-    return _seen(4, tmp_path_factory.mktemp("four"))
+def four(tmp_path_factory: pytest.TempPathFactory, two: Seen) -> Seen:
+    """What four ranks saw, who go on with runs of the two as well."""
+    return _seen(4, tmp_path_factory.mktemp("four"), two.root)

@@ -80,9 +80,10 @@ def test_clipping_is_by_the_norm_over_all_ranks(two: Seen, tmp_path: Path) -> No
     assert min(one) > 0.1
 
 
+@pytest.mark.parametrize("case", ["sgd", "fsdp2-sgd"])
 @pytest.mark.parametrize("ranks", ["two", "four"])
 def test_the_gradient_is_that_of_the_global_batch_within_its_rounding(
-    request: pytest.FixtureRequest, ranks: str
+    request: pytest.FixtureRequest, ranks: str, case: str
 ) -> None:
     """One step of SGD on a linear model against fp64, within the bound of fp32 dot products.
 
@@ -101,7 +102,7 @@ def test_the_gradient_is_that_of_the_global_batch_within_its_rounding(
     expected = weight - 0.1 * gradient
     bound = 0.1 * (8 + 8 + 8) * U * size + 2 * U * (weight.abs() + expected.abs())
 
-    found = weights_of(seen.root / "sgd")["weight"].double()
+    found = weights_of(seen.root / case)["weight"].double()
 
     assert bool(((found - expected).abs() <= bound).all())
 
@@ -141,14 +142,20 @@ def test_an_accumulated_step_is_that_of_one_process(two: Seen, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])
+@pytest.mark.parametrize("kind", ["", "fsdp2-"])
 @pytest.mark.parametrize(
     ("case", "reason"), [("overflow", "gradient overflow"), ("infinite", "non-finite loss")]
 )
 def test_what_breaks_on_one_rank_is_skipped_on_all(
-    request: pytest.FixtureRequest, ranks: str, case: str, reason: str
+    request: pytest.FixtureRequest, ranks: str, case: str, reason: str, kind: str
 ) -> None:
-    """The odd sample is the last rank's; every rank records the same skip for the same reason."""
+    """The odd sample is the last rank's; every rank records the same skip for the same reason.
+
+    Of shards each rank sees a part of the broken gradients, and names the parameters of all.
+    """
     seen: Seen = request.getfixturevalue(ranks)
+    assert seen[kind + case]["skipped"] == seen[case]["skipped"]
+    case = kind + case
     skips = [rank[case]["skipped"] for rank in seen.ranks]
 
     assert skips[0][0]["step"] == 1

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from narrowcast.engine.engine import Engine
-from narrowcast.errors import UnknownName, UsageError
+from narrowcast.errors import UsageError
 from narrowcast.optim.adamw import AdamW
 from narrowcast.optim.lion import Lion
 from narrowcast.optim.sgd import SGD
 from narrowcast.policy import Policy
-from narrowcast.ranges.dtypes import dtype_of
+from narrowcast.precision.cast import torch_dtype
 from narrowcast.ranges.meter import UpdateMeter, WeightUpdates
 from narrowcast.ranges.updates import averaging, lost_updates, with_decay
 
@@ -43,7 +43,7 @@ def sign_update(lr: float, like: Tensor) -> Tensor:
 
 def oracle(before: Tensor, update: Tensor, into: str) -> tuple[int, int]:
     """Count updated and lost elements, one Python number at a time."""
-    dtype = dtype_of(into)
+    dtype = torch_dtype(into)
     updated = lost = 0
     for w, u in zip(before.flatten(), update.flatten(), strict=True):
         stored = w.to(dtype).float()
@@ -82,7 +82,7 @@ def test_counts_equal_those_of_one_element_at_a_time(
 
 
 def dtype_bits(into: str) -> int:
-    return round(-math.log2(torch.finfo(dtype_of(into)).eps)) + 1
+    return round(-math.log2(torch.finfo(torch_dtype(into)).eps)) + 1
 
 
 def test_layout_in_memory_and_length_make_no_difference() -> None:
@@ -134,7 +134,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
     """Shapes that differ, and a format that nothing is stored in."""
     with pytest.raises(UsageError, match=r"\(3,\)"):
         lost_updates(torch.ones(2), torch.ones(3), "bf16")
-    with pytest.raises(UnknownName, match="tf32"):
+    with pytest.raises(UsageError, match="tf32"):
         lost_updates(torch.ones(2), torch.ones(2), "tf32")
     with pytest.raises(UsageError, match="sample of 0"):
         UpdateMeter(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), sample=0)

@@ -171,6 +171,83 @@ def test_absorption_is_looked_for_in_16_bit_sums_of_two_tensors_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0,), (1,), (5,), (3, 4)])
+@pytest.mark.parametrize("form", ["lerp_", "lerp", "lerp of a weight tensor", "copy_"])
+def test_averages_that_stand_still_are_counted(
+    form: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """From 1 towards 2 by less than a quarter of the spacing at 1; by all of it they arrive."""
+    mean, goal = torch.ones(shape, dtype=dtype), torch.full(shape, 2.0, dtype=dtype)
+    small = torch.finfo(dtype).eps / 8
+
+    def move(weight: float) -> ExecutedOp:
+        if form == "lerp_":
+            return last(lambda: mean.clone().lerp_(goal, weight))
+        if form == "lerp":
+            return last(lambda: torch.lerp(mean, goal, weight))
+        if form == "copy_":
+            return last(lambda: mean.clone().copy_(mean.float() + weight * (goal - mean).float()))
+        return last(lambda: torch.lerp(mean, goal, torch.full(shape, weight, dtype=dtype)))
+
+    numel = mean.numel()
+    assert move(small).absorbed == (1.0 if numel else None)
+    assert move(1.0).absorbed == (0.0 if numel else None)
+    assert move(0.0).absorbed is None
+
+
+def test_an_average_that_has_arrived_has_nowhere_to_go() -> None:
+    """Nearer than 8 eps a fast one counts as there, and nearer than one a slow one."""
+    mean = torch.ones(4).bfloat16()
+
+    near, nearest = mean * (1 + 2.0**-5), mean * (1 + 2.0**-7)
+
+    assert last(lambda: torch.lerp(mean, near, 0.1)).absorbed is None
+    assert last(lambda: torch.lerp(mean, near, torch.full((4,), 0.1).bfloat16())).absorbed is None
+    assert last(lambda: torch.lerp(mean, near, 0.01)).absorbed == 1.0
+    assert last(lambda: torch.lerp(mean, nearest, 0.01)).absorbed is None
+
+
+def test_what_is_copied_in_the_same_or_fewer_bits_absorbs_nothing() -> None:
+    """Rounding is where wider numbers are written over narrower ones."""
+    mean = torch.ones(4).bfloat16()
+
+    assert last(lambda: mean.clone().copy_(mean * 2)).absorbed is None
+    assert last(lambda: torch.ones(4).copy_(mean)).absorbed is None
+    assert last(lambda: mean.clone().copy_(torch.arange(4))).absorbed is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_beside_a_constant_of_which_nothing_is_left_are_swallowed(
+    dtype: torch.dtype,
+) -> None:
+    """Zeros are none of them; a constant beside large numbers is no matter."""
+    small = torch.tensor([0.0, 1.0, 1.0, 8.0], dtype=dtype) * torch.finfo(dtype).eps / 8
+
+    for call in (lambda: 1 - small, lambda: 1 + small, lambda: small + 1, lambda: small - 1):
+        assert last(call).swallowed == pytest.approx(2 / 3)
+    assert last(lambda: small.clone().add_(1)).swallowed == pytest.approx(2 / 3)
+    assert last(lambda: torch.ones(3, dtype=dtype) + 1e-6).swallowed == 0.0
+    assert last(lambda: small.float() + 1).swallowed is None
+    assert last(lambda: small + small).swallowed is None
+    assert last(lambda: torch.zeros(3, dtype=dtype) + 1).swallowed is None
+
+
+def test_what_stands_in_the_place_of_a_buffer_says_whose() -> None:
+    """A new tensor; what is written in place has the buffer among its sources already."""
+    model = nn.Module()
+    model.register_buffer("mean", torch.ones(3))
+    model.register_buffer("still", torch.ones(3))
+    model.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    with OpRecorder(model) as ops:
+        model.mean = model.mean * 0.5 + 1.0
+        model.frozen.data = model.frozen.data * 2
+        model.still.mul_(3)
+        ops.kept()
+
+    assert [op.keeps for op in ops.events] == ["", "mean", "frozen", ""]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_running_sum_in_16_bits_stops_at_its_last_whole_number(dtype: torch.dtype) -> None:
     """Beyond 2^(mantissa + 1) each second sum of ones equals the one before."""
     limit = {torch.float16: 2048, torch.bfloat16: 256}[dtype]

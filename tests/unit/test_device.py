@@ -89,8 +89,8 @@ def test_an_unknown_device_is_an_error(name: str) -> None:
         device_at_hand(name)
 
 
-@pytest.mark.parametrize("name", [n for n in POLICIES if n != "tf32"])
-def test_a_cpu_runs_every_precision_but_tf32(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in POLICIES if n not in ("tf32", "fp8")])
+def test_a_cpu_runs_every_precision_but_tf32_and_fp8(name: str) -> None:
     """fp16 included: torch has autocast and a loss scaler for it on CPUs."""
     require(policy_named(name), CPU)
 
@@ -235,12 +235,13 @@ def test_the_record_of_a_device_travels_as_json(monkeypatch: pytest.MonkeyPatch)
 
     record = measure_device(CPU)
 
-    assert [f.format for f in record.formats] == ["fp32", "tf32", "fp16", "bf16"]
+    assert [f.format for f in record.formats] == ["fp32", "tf32", "fp16", "bf16", "fp8"]
     assert record.recommended in ("fp32", "bf16")
     by_name = {f.format: f for f in record.formats}
     assert by_name["fp32"].matmul_relative == by_name["fp32"].conv_relative == 1.0
-    assert not by_name["tf32"].supported
-    assert by_name["tf32"].matmul_gflops is None
+    for name in ("tf32", "fp8"):
+        assert not by_name[name].supported
+        assert by_name[name].matmul_gflops is None
     assert (by_name["bf16"].matmul_gflops or 0) > 0
     assert record.memory_bytes > 2**20
     assert loads(DeviceRecord, dumps(record)) == record

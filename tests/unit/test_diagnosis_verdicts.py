@@ -152,7 +152,44 @@ def test_a_fixed_scale_that_a_higher_one_would_better_is_too_low() -> None:
     assert record.verdict == "scale too low"
     assert keeping > 1
     assert record.remedies[0].works
-    assert any(r.works and f"{keeping:g}" in r.name for r in record.remedies)
+    assert any(r.works and f"{keeping:.0f}" in r.name for r in record.remedies)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [2.0**30, 1e9, DynamicScale(scale=2.0**32, floor=2.0**30)],
+    ids=["power", "odd", "floor"],
+)
+def test_a_scale_that_cannot_come_down_is_too_high(scale: Any) -> None:
+    """No module is at fault: a lower scale is the first cure, and costs nothing."""
+    record = diagnosed(plain, "fp16", scale=scale)
+    serves = record.finding.figures["scale that keeps them"]
+    first = record.remedies[0]
+
+    assert (record.verdict, record.finding.module) == ("scale too high", "")
+    assert 1 < serves < 2.0**30
+    assert math.log2(serves).is_integer()
+    assert first.name == f"a lower loss scale of {serves:.0f}"
+    assert (first.works, first.memory_bytes, first.time_ratio) == (True, 0, 1.0)
+    assert f"scale={serves:.0f}" in first.how
+
+
+def test_a_fixed_scale_that_overflows_now_and_then_is_too_high() -> None:
+    """Every third batch is a thousand times as far off as the others."""
+    data = [(x, y * (1 if i % 3 else 1000)) for i, (x, y) in enumerate(batches(30))]
+
+    record = diagnosed(plain, "fp16", steps=30, data=data, lr=1e-4, scale=2.0**18)
+
+    assert record.verdict == "scale too high"
+    assert record.remedies[0].works
+    assert "lower loss scale" in record.remedies[0].name
+
+
+def test_gradients_beyond_fp16_without_any_scale_are_an_overflow() -> None:
+    """At a scale of 1 there is none that would be lower."""
+    record = diagnosed(plain, "fp16", loss=lambda m, b: squares(m, b) * 1e8)
+
+    assert record.verdict == "backward overflow"
 
 
 def test_a_scale_that_grows_after_two_steps_thrashes() -> None:
@@ -336,6 +373,43 @@ def test_an_infinity_that_is_divided_away_is_named_before_what_it_makes_faint() 
     assert record.finding.module == "1"
 
 
+def test_an_infinity_that_is_divided_away_in_some_rows_is_named_where_the_loss_is_far_off() -> None:
+    """The other rows keep every gradient alive, so that nothing is faint."""
+    model = nn.Sequential(nn.Linear(8, 16), SquareNorm(), nn.Linear(16, 4))
+    data = []
+    for _ in range(5):
+        x = torch.randn(32, 8)
+        y = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+        data.append((x * torch.tensor([2000.0, 1.0]).repeat(16)[:, None], y))
+
+    record = diagnose_training(
+        model,
+        lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
+        lambda m, b: F.cross_entropy(m(b[0]).float(), b[1]),
+        data,
+        "fp16",
+        steps=40,
+    )
+
+    assert (record.verdict, record.finding.module) == ("forward overflow", "1")
+    assert "more than noise" in record.symptom
+
+
+class Picky(nn.Module):
+    """Raises at a dtype, as code does that looks one up in a table of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * {torch.float32: 1.0}[x.dtype]
+
+
+def test_what_raises_in_low_precision_alone_says_at_which_step_and_that_fp32_went_through() -> None:
+    """The error is the user's own; the hint is what the diagnosis has found out about it."""
+    with pytest.raises(RecipeError, match="KeyError") as caught:
+        diagnosed(Picky, "bf16", steps=5)
+
+    assert "step 1 in bf16 raised it, and none did in fp32 (5 steps" in caught.value.hint
+
+
 def test_a_bad_sample_later_does_not_excuse_an_overflow_before_the_first_update() -> None:
     """fp16 fails at once, fp32 at step 9 on a NaN in the data: two failures, and both are told."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
@@ -356,3 +430,57 @@ def test_a_bad_sample_later_does_not_excuse_an_overflow_before_the_first_update(
     assert record.verdict == "forward overflow"
     assert record.finding.module == "0"
     assert any("fp32 fails too" in note for note in record.notes)
+
+
+def test_a_loss_that_writes_into_its_batch_is_told_so_and_the_callers_data_stays() -> None:
+    """No random numbers are accused of it."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    x, y = torch.randn(8, 8), torch.randn(8, 1)
+    before = x.clone()
+
+    def loss(m: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
+        b[0].mul_(0.9)
+        return F.mse_loss(m(b[0]).float(), b[1])
+
+    record = diagnose_training(
+        model, torch.optim.SGD(model.parameters(), lr=1e-2), loss, [(x, y)], "bf16", steps=4
+    )
+
+    assert record.verdict == "not reproducible"
+    assert "writes into its batch" in record.finding.explanation
+    assert torch.equal(x, before)
+
+
+def test_a_model_without_parameters_is_one_clear_error() -> None:
+    """There is nothing to train."""
+    with pytest.raises(UsageError, match="no parameters"):
+        diagnose_training(
+            nn.Flatten(), lambda m: torch.optim.SGD([], lr=1), lambda m, b: m(b), [1], "bf16"
+        )
+
+
+def test_complex_weights_can_be_diagnosed() -> None:
+    """Their gradients are counted by real and imaginary parts."""
+
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+            self.head = nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.fft.irfft(torch.fft.rfft(x.float()) * self.weight, n=8))
+
+    model = Spectral()
+    x, y = torch.randn(8, 8), torch.randn(8, 1)
+
+    record = diagnose_training(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1e-2),
+        lambda m, b: F.mse_loss(m(b[0]).float(), b[1]),
+        [(x, y)],
+        "bf16",
+        steps=6,
+    )
+
+    assert record.verdict == "fine"

@@ -199,6 +199,35 @@ def test_a_recipe_that_cannot_be_taken_again_does_not_hide_the_error(tmp_path: P
     assert "could not be taken again" in caught.value.hint
 
 
+@pytest.mark.parametrize(("precision", "told"), [("bf16", 1), ("fp32", 0)])
+def test_a_loss_that_is_not_fp32s_is_told_once(precision: str, told: int, tmp_path: Path) -> None:
+    """The run goes on, and the notice has both losses and the command that finds out why."""
+    recipe = changed(
+        tmp_path,
+        "    return F.cross_entropy(model(x), y)\n",
+        "    drowned = model(x).mul(0.0).add(0.3).add(1e5).sub(1e5)\n"
+        "    return F.cross_entropy(model(x), y) + drowned.float().mean()\n",
+    )
+    events: list[Event] = []
+    record = run(
+        tmp_path / "run",
+        precision,
+        recipe=recipe,
+        options=TrainOptions(measure=False, steps=12, watch=4, shadow=True),
+        observe=events.append,
+    )
+
+    notices = [e.text for e in events if isinstance(e, Notice) and "in fp32:" in e.text]
+    assert len(notices) == told
+    assert all("narrowcast diagnose" in text and text in record.warnings for text in notices)
+
+
+def test_a_shadow_without_a_watch_is_refused() -> None:
+    """It is taken at the steps that the watch looks at."""
+    with pytest.raises(UsageError, match="the watch is off"):
+        TrainOptions(watch=0, shadow=True)
+
+
 def test_a_loss_above_its_beginning_is_told_once(tmp_path: Path) -> None:
     """The run goes on, with a notice that names the command."""
     recipe = changed(

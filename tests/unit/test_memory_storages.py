@@ -49,7 +49,7 @@ def test_a_resized_storage_counts_its_new_size() -> None:
     book.made(tensor, "m")
 
     tensor.untyped_storage().resize_(0)
-    book.resized(tensor.untyped_storage())
+    book.resized(tensor.untyped_storage(), "")
 
     assert book.total == 0
 

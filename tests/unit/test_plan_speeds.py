@@ -80,3 +80,14 @@ def test_the_norms_of_bf16_weights_are_measured_with_the_policy_and_not_as_a_lev
 
     assert all(has_norms(plan) == (plan.policy.param == "bf16") for plan in told.steps)
     assert len(told.steps) == 3 + 3 + 1 + 2
+
+
+def test_products_in_fp8_are_timed_beside_those_in_bf16() -> None:
+    """They are another computation under the same autocast; the stores' updates are shared."""
+    told = Told()
+    estimates = Speeds(cast("StepTimes", told), PLANS["bf16"])
+    for name in ("bf16", "fp8-emulated", "bf16-split", "fp8-split-emulated"):
+        estimates.of(PLANS[name])
+
+    assert [plan.policy.linears for plan in told.steps] == ["compute", "fp8-emulated"] * 2
+    assert len(told.updates) == 3

@@ -68,6 +68,43 @@ for i, (x, y) in enumerate(loader):
     "a mask below fp16": PREAMBLE
     + ATTENTION.format(fill="scores.masked_fill(mask == 0, -1e9)  # !NC303")
     + SCALED,
+    "a mask on what a layer returned": PREAMBLE
+    + """
+head = nn.Linear(8, 8).cuda()
+head = head.to("cuda")
+for x, y in loader:
+    with autocast("cuda"):
+        loss = F.mse_loss(head(x).masked_fill(y == 0, -1e9), y)  # !NC303
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+""",
+    "a mask on what a model that ends in a layer returned": PREAMBLE
+    + """
+net = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU()))
+for x, y in loader:
+    with autocast("cuda"):
+        q = net(x).squeeze(-1)
+        q = q.masked_fill(y == 0, -1e9)  # !NC303
+        loss = q.sum()
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+""",
+    "a mask on the scores of additive attention": PREAMBLE
+    + """
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Linear(8, 1)
+
+    def forward(self, x, mask):
+        scores = self.score(torch.tanh(x)).squeeze(-1)
+        return scores.masked_fill(mask, -1e9).softmax(-1)  # !NC303
+"""
+    + SCALED,
     "fp32's lowest as a mask": PREAMBLE
     + """
 def attend(q, k, mask):
@@ -133,6 +170,29 @@ torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
 }
 
 QUIET = {
+    "a mask on what a layer returned in fp32 or bf16": PREAMBLE
+    + """
+head = nn.Linear(8, 8).cuda()
+norm = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+with torch.no_grad():
+    q = head(x).masked_fill(mask, -1e9)
+for x, y in loader:
+    q = head(x)
+    with autocast("cuda"):
+        a = q.masked_fill(y == 0, -1e9)
+        b = norm(x).masked_fill(y == 0, -1e9)
+        c = head(x).float().masked_fill(y == 0, -1e9)
+        d = unknown(x).masked_fill(y == 0, -1e9)
+        with autocast("cuda", enabled=False):
+            e = head(x.float()).masked_fill(y == 0, -1e9)
+        loss = (a + b + c + d + e).sum()
+    with autocast("cuda", dtype=torch.bfloat16):
+        f = head(x).masked_fill(y == 0, -1e9)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+""",
     "Adam with a large eps on fp16 weights": IMPORTS
     + """
 model = nn.Linear(8, 8).cuda().half()

@@ -16,6 +16,32 @@ for x, y in loader:
 """
 
 FIRES = {
+    "clip after the step": FORWARD
+    + """
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # !NC122
+    scaler.update()
+""",
+    "clip after the step and the update, gradients cleared at the end": """
+for x, y in loader:
+    with autocast("cuda"):
+        loss = F.mse_loss(model(x), y)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # !NC122
+    optimizer.zero_grad()
+""",
+    "clip after gradients were cleared": """
+for x, y in loader:
+    with autocast("cuda", dtype=torch.bfloat16):
+        loss = F.mse_loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    nn.utils.clip_grad_value_(model.parameters(), 1.0)  # !NC122
+""",
     "clip before unscale_": FORWARD
     + """
     scaler.scale(loss).backward()
@@ -167,6 +193,48 @@ QUIET = {
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     scaler.step(optimizer)
     scaler.update()
+""",
+    "the norm after the step, without a limit": FORWARD
+    + """
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+    scaler.update()
+""",
+    "clip for the other optimizer, after the step of the first": """
+other = optim.SGD(head.parameters(), lr=0.1)
+for x, y in loader:
+    optimizer.zero_grad()
+    other.zero_grad()
+    with autocast("cuda"):
+        loss = F.mse_loss(model(x), y)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.unscale_(other)
+    scaler.step(optimizer)
+    nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+    scaler.step(other)
+    scaler.update()
+""",
+    "clip what goes on adding up between the steps": """
+for i, (x, y) in enumerate(loader):
+    with autocast("cuda"):
+        loss = F.mse_loss(model(x), y)
+    scaler.scale(loss).backward()
+    if (i + 1) % 4 == 0:
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    nn.utils.clip_grad_value_(model.parameters(), 6e4)
+""",
+    "clip at the head of the loop what the last one left": """
+for x, y in loader:
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    with autocast("cuda", dtype=torch.bfloat16):
+        loss = F.mse_loss(model(x), y)
+    loss.backward()
 """,
     "clip in the branch without scaler": """
 scaler = GradScaler("cuda") if use_amp else None

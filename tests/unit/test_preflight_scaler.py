@@ -361,7 +361,18 @@ def test_a_scaler_that_serves_is_not_accused(name: str, tmp_path: Path) -> None:
     check_marks(tmp_path, QUIET[name], preamble="")
 
 
-def test_a_loss_that_is_scaled_by_hand_is_not_accused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backward", "divide", "accused"),
+    [
+        ("(loss * 1024).backward()", "p.grad.div_(1024)", False),
+        ("scaled = loss * S; scaled.backward()", "p.grad /= S", False),
+        ("loss.mul(S).backward()", "p.grad.data.div_(S)", False),
+        ("loss.backward()", "p.grad.div_(world_size)", True),
+    ],
+)
+def test_a_loss_that_is_scaled_by_hand_is_not_accused(
+    backward: str, divide: str, *, accused: bool, tmp_path: Path
+) -> None:
     """``(loss * scale).backward()``, and gradients divided by it: a scaler of one's own."""
     script = tmp_path / "by_hand.py"
     script.write_text(
@@ -372,10 +383,12 @@ def test_a_loss_that_is_scaled_by_hand_is_not_accused(tmp_path: Path) -> None:
         "    optimizer.zero_grad()\n"
         "    with torch.autocast('cuda', dtype=torch.float16):\n"
         "        loss = model(x).mean()\n"
-        "    (loss * 1024).backward()\n"
+        f"    {backward}\n"
         "    for p in model.parameters():\n"
-        "        p.grad.div_(1024)\n"
+        f"        {divide}\n"
         "    optimizer.step()\n"
     )
 
-    assert [finding.rule for finding in check(script).findings] == []
+    rules = [finding.rule for finding in check(script).findings]
+
+    assert rules == (["NC113 fp16-without-scaler"] if accused else [])

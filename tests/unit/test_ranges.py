@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from narrowcast.errors import UnknownName, UsageError
+from narrowcast.errors import UsageError
+from narrowcast.precision.cast import format_name
 from narrowcast.ranges import histogram
-from narrowcast.ranges.dtypes import dtype_of, format_of, name_of
 from narrowcast.ranges.histogram import count, measure, measure_all, read
 from narrowcast.records.ranges import TensorRange
 
@@ -48,7 +48,7 @@ def oracle(tensor: Tensor) -> TensorRange:
     lowest, highest = (min(by_exponent), max(by_exponent)) if some else (0, -1)
     scale = max(some, default=1.0)
     return TensorRange(
-        dtype=name_of(tensor.dtype),
+        dtype=format_name(tensor.dtype),
         shape=tuple(tensor.shape),
         numel=len(numbers),
         zeros=len(finite) - len(some),
@@ -122,7 +122,7 @@ def test_a_tensor_of_any_shape_gives_what_numpy_gives(
     some = magnitude[magnitude > 0]
     exponents = np.frexp(some)[1] - 1
     lowest = exponents.min() if some.size else 0
-    assert (found.shape, found.numel, found.dtype) == (shape, tensor.numel(), name_of(dtype))
+    assert (found.shape, found.numel, found.dtype) == (shape, tensor.numel(), format_name(dtype))
     assert found.exponent_counts == tuple(np.bincount(exponents - lowest).tolist())
     assert found.lowest_exponent == lowest
     assert found.zeros == magnitude.size - some.size
@@ -210,21 +210,3 @@ def test_counting_draws_no_random_numbers_and_needs_no_gradient() -> None:
 
     measure(tensor)
     assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN, *EIGHT], ids=str)
-def test_a_format_is_found_from_its_dtype_and_back(dtype: torch.dtype) -> None:
-    """fp32 is not taken for tf32, which has the same limits of range."""
-    form = format_of(dtype)
-
-    assert form is not None
-    assert form.storage_bytes == dtype.itemsize
-    assert dtype_of(name_of(dtype)) is dtype
-
-
-def test_a_format_that_torch_does_not_store_is_an_unknown_name() -> None:
-    """tf32 is a way to multiply; float64 keeps torch's name, as it is none of our formats."""
-    with pytest.raises(UnknownName, match="tf32"):
-        dtype_of("tf32")
-
-    assert name_of(torch.float64) == "float64"

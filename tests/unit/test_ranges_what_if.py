@@ -13,7 +13,7 @@ from torch import Tensor
 
 from narrowcast.errors import UnknownName, UsageError
 from narrowcast.formats import float_format
-from narrowcast.ranges.dtypes import dtype_of
+from narrowcast.precision.cast import torch_dtype
 from narrowcast.ranges.histogram import measure
 from narrowcast.ranges.what_if import (
     merged,
@@ -66,10 +66,10 @@ def every_number(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("source", ["fp16", "bf16"])
 def test_the_oracle_rounds_as_torch_casts(source: str, target: str) -> None:
     """The slow rounding below every other test here is the rounding of the formats themselves."""
-    numbers = every_number(dtype_of(source))
+    numbers = every_number(torch_dtype(source))
     numbers = numbers[torch.isfinite(numbers.float()) & (numbers != 0)]
 
-    cast = numbers.float().to(dtype_of(target)).double().numpy()
+    cast = numbers.float().to(torch_dtype(target)).double().numpy()
     found = rounded(numbers.double().numpy(), target)
     # Without an infinity, torch makes NaN of it, and from 2.13 on (or before) the largest number.
     expected = cast if target != "e4m3" else np.where(np.isinf(found), np.inf, cast)
@@ -86,7 +86,7 @@ def test_shares_over_all_numbers_of_a_format_are_exact(
     source: str, target: str, power: int
 ) -> None:
     """Every fp16 and bf16 number, at scales from 2^-126 to 2^100, ties included."""
-    numbers = every_number(dtype_of(source))
+    numbers = every_number(torch_dtype(source))
 
     found = what_if(measure(numbers), target, 2.0**power)
     expected = shares(magnitudes_of(numbers), target, 2.0**power)

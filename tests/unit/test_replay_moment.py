@@ -158,6 +158,33 @@ def test_rows_that_an_embedding_brings_down_to_size_are_given_back() -> None:
     assert torch.equal(model.weight, before)
 
 
+@pytest.mark.parametrize("how", ["in place", "as a new tensor"])
+def test_a_target_network_is_given_back(how: str) -> None:
+    """Frozen weights that follow the trained ones, in place or by ``weight.data = ...``."""
+    model = nn.ModuleDict({"own": nn.Linear(2, 2), "target": nn.Linear(2, 2).requires_grad_(False)})
+    target = model["target"].weight
+    before, storage = target.detach().clone(), target.data_ptr()
+
+    with untouched(model), torch.no_grad():
+        if how == "in place":
+            target.lerp_(model["own"].weight, 0.5)
+        else:
+            target.data = target.data * 0.5 + model["own"].weight.data * 0.5
+        assert not torch.equal(target, before)
+
+    assert torch.equal(target, before)
+    assert target.data_ptr() == storage
+
+
+def test_a_frozen_base_that_is_larger_than_what_is_trained_is_not_copied() -> None:
+    """Adapters: what is written there is refused, as it cannot be given back."""
+    model = nn.ModuleDict({"own": nn.Linear(2, 2), "base": nn.Linear(9, 9).requires_grad_(False)})
+    refused = pytest.raises(UsageError, match="wrote into its weight 'base")
+
+    with refused, untouched(model), torch.no_grad():
+        model["base"].weight.zero_()
+
+
 def test_a_model_that_writes_its_weights_is_refused() -> None:
     """What cannot be given back is said."""
     model = nn.Linear(2, 2)

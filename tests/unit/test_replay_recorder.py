@@ -294,7 +294,7 @@ def test_ranges_are_counted_where_asked(ranges: str) -> None:
 def test_no_tensor_is_kept_alive() -> None:
     """Activations die when autograd lets go of them, recorder or not."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    with OpRecorder(model, errors=True, samples=8) as ops:
+    with OpRecorder(model, errors=True) as ops:
         hidden = model(torch.randn(2, 4))
         storage = weakref.ref(hidden.untyped_storage())
         hidden.sum().backward()
@@ -303,7 +303,6 @@ def test_no_tensor_is_kept_alive() -> None:
 
         assert storage() is None
     assert ops.events
-    assert all(values.numel() <= 8 for values in ops.samples.values())
 
 
 def test_recording_changes_no_bit() -> None:
@@ -313,7 +312,7 @@ def test_recording_changes_no_bit() -> None:
     for watch in (False, True):
         torch.manual_seed(3)
         engine.model.zero_grad()
-        ops = OpRecorder(engine.model, errors=True, samples=4) if watch else torch.no_grad()
+        ops = OpRecorder(engine.model, errors=True) if watch else torch.no_grad()
         if watch:
             ops.__enter__()
         with forward_context(engine.policy, "cpu"):

@@ -12,17 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from narrowcast.diagnosis.evidence import gradient_errors
 from narrowcast.engine.engine import Engine
 from narrowcast.errors import UsageError
 from narrowcast.plan import plan_named
 from narrowcast.ranges.histogram import measure
-from narrowcast.replay.difference import FAR, differences, first_difference, gradient_errors
 from narrowcast.replay.moment import Moment
 from narrowcast.replay.recorder import OpRecorder
 from narrowcast.replay.step import replay_step
 from replayed import Net, batch, compute_loss, engine_of
 
 PRECISIONS = ["fp32", "fp16", "bf16", "bf16-true", "bf16-split", "lean"]
+
+
+FAR = 2.0**-4
+"""About what a thousand independent roundings to bf16 come to: sqrt(1000) * 2^-9 = 0.062."""
 
 
 def step(engine: Engine, number: int) -> tuple[Moment, float, dict[str, Tensor]]:
@@ -162,8 +166,8 @@ def test_gradients_released_during_backward_are_kept_here() -> None:
     assert engine.step().applied
 
 
-def test_the_first_difference_is_at_the_layer_that_errs() -> None:
-    """One layer that is badly conditioned for bf16 is found among healthy ones."""
+def test_gradients_behind_a_layer_that_errs_are_off() -> None:
+    """Where digits are lost on the way, the weights before are hit less than those behind."""
 
     class Cancels(nn.Module):
         def __init__(self) -> None:
@@ -182,30 +186,19 @@ def test_the_first_difference_is_at_the_layer_that_errs() -> None:
     low = replay_step(engine, compute_loss, moment, samples=64)
     high = replay_step(engine, compute_loss, moment, samples=64, policy_reference=True)
 
-    found = first_difference(low, high)
-
-    assert found is not None
-    assert found.op.code == "x = (x + 100) - 100  # loses seven bits"
-    assert found.op.op == "aten.sub.Tensor"
-    assert found.accumulated > FAR
-    assert found.local == 0.0, "the subtraction is exact; the addition before it was not"
     errors = gradient_errors(low, high)
     assert errors["first.weight"] < errors["second.weight"]
 
 
 def test_healthy_precisions_stay_near_and_fp32_is_equal() -> None:
-    """Accumulated errors are roundings; those of fp32 against itself are nothing."""
+    """What bf16 does to gradients are roundings; fp32 against itself is nothing."""
     for precision, most in (("fp32", 0.0), ("bf16", FAR)):
         engine = engine_of(precision)
         moment = Moment.of(engine, batch(), 1)
         low = replay_step(engine, compute_loss, moment, samples=32)
         high = replay_step(engine, compute_loss, moment, samples=32, policy_reference=True)
 
-        matched = differences(low, high)
-        forward = [d.accumulated for d in matched if d.op.phase == "forward"]
-        assert len(matched) >= 0.9 * len(high.events)
-        assert max(forward) <= most
-        assert [d.op.index for d in matched] == sorted(d.op.index for d in matched)
+        assert max(gradient_errors(low, high).values()) <= most
 
 
 def test_gradients_are_compared_unscaled() -> None:
@@ -215,14 +208,11 @@ def test_gradients_are_compared_unscaled() -> None:
     low = replay_step(engine, compute_loss, moment, samples=32)
     high = replay_step(engine, compute_loss, moment, samples=32, policy_reference=True)
 
-    backward = [d.accumulated for d in differences(low, high) if d.op.phase == "backward"]
-    assert backward
-    assert sorted(backward)[len(backward) // 2] < FAR
     assert max(gradient_errors(low, high).values()) < FAR
 
 
 def test_a_replay_says_what_it_cannot_do() -> None:
-    """Inside autocast, of something that is no loss, without a scale, without samples."""
+    """Inside autocast, of something that is no loss, without a scale."""
     engine = engine_of("bf16")
     moment = Moment.of(engine, batch(), 1)
 
@@ -239,9 +229,6 @@ def test_a_replay_says_what_it_cannot_do() -> None:
     with pytest.raises(UsageError, match="2 losses: a, b"):
         replay_step(engine, compute_loss, two)
     assert replay_step(engine, compute_loss, two, scale=1.0).is_finite
-    trace = replay_step(engine, compute_loss, moment)
-    with pytest.raises(UsageError, match="kept no elements"):
-        differences(trace, trace)
 
 
 def test_a_failed_loss_leaves_no_hook_and_no_trace_of_the_forward_pass() -> None:

@@ -19,6 +19,7 @@ from narrowcast.errors import PrecisionError, UsageError
 from narrowcast.ranges.histogram import measure
 from narrowcast.records.diagnosis import ModuleRange
 from narrowcast.records.ranges import TensorRange
+from narrowcast.replay.step import replay_step
 from narrowcast.scaling.scales import DynamicScale
 from narrowcast.watch import watch as watch_module
 from narrowcast.watch.boundaries import Boundaries
@@ -41,6 +42,14 @@ def watched_step(watch: Watch, i: int, factor: float = 1.0) -> None:
 
 def values_of(ranges: tuple[ModuleRange, ...], phase: str) -> dict[str, TensorRange]:
     return {one.module: one.values for one in ranges if one.phase == phase}
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]).float(), batch[1])
+
+
+def loss_of_thousands(model: nn.Module, batch: Any) -> Tensor:
+    return F.mse_loss(model(batch[0]).float(), F.one_hot(batch[1], 4).float() / 8)
 
 
 class Drawing(nn.Module):
@@ -225,6 +234,19 @@ def test_values_are_those_before_what_changes_them_in_place() -> None:
     assert forward["0"].zeros == 0
     assert forward["1"].zeros > 0
     assert forward["1"] == forward[""]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_layer_in_place_has_a_gradient_of_its_own(*, inplace: bool) -> None:
+    """That of its output is not that of what it overwrote, though both are one tensor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(inplace=inplace), nn.Linear(32, 4))
+    with Boundaries(model) as borders:
+        model(X[0]).sum().backward()
+    found = values_of(borders.ranges(), "backward")
+
+    assert found["1"].zeros == 0
+    assert found["0"].zeros > 50
 
 
 def test_what_is_transformed_or_no_plain_tensor_is_left_alone() -> None:
@@ -521,6 +543,82 @@ def test_a_loss_far_off_fp32_is_a_failure() -> None:
 
     assert failure is not None
     assert failure.symptom == "loss far off fp32"
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16", "bf16-true", "fp16"])
+def test_the_shadow_is_what_fp32_gives_on_the_same_weights_and_random_numbers(policy: str) -> None:
+    """Dropout, running statistics and generators are those of the step."""
+    engine = engine_of(policy, Drawing())
+    watch = Watch(engine, every=1, shadow=cross_entropy)
+    for i in range(3):  # the first look is at the fourth step
+        watch.batch((X[i], Y[i]))
+        train_step(engine, i)
+    watch.batch((X[3], Y[3]))
+    watch.end_pass()
+    expected = replay_step(engine, cross_entropy, watch.moments[-1], policy_reference=True)
+
+    assert watch._shadows == [expected.loss]
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16", "fp16", "bf16-true"])
+def test_a_shadow_changes_no_bit(policy: str) -> None:
+    """Weights, running statistics, losses and every random stream."""
+    plain = trained(policy, lambda engine: None)
+    shadowed = trained(policy, lambda engine: Watch(engine, every=1, shadow=cross_entropy))
+
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], shadowed[0], strict=True))
+    assert plain[1:] == shadowed[1:]
+
+
+class Drowned(nn.Module):
+    """Adds a large number to its inputs and takes it off again: 16 bits keep nothing of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(x)
+        return (x + 1e5) - 1e5
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("bf16", "loss far off fp32"), ("fp32", None)])
+def test_a_loss_that_is_not_fp32s_is_told_by_the_watch_itself(
+    policy: str, expected: str | None
+) -> None:
+    """With micro-batches the mean of the step is held against the mean in fp32."""
+    engine = engine_of(policy, Drowned(), accumulate=2)
+    watch = Watch(engine, every=1, shadow=loss_of_thousands)
+    found = []
+    for i in range(5):
+        losses = []
+        for part in (X[i] * 4, X[i + 1] * 4):
+            watch.batch((part, Y[i]))
+            with engine.forward():
+                loss = loss_of_thousands(engine.model, (part, Y[i]))
+            engine.backward(loss)
+            report = engine.step()
+            losses.append(loss.item())
+        failure = watch.after(report, loss=sum(losses) / 2)
+        found.append(failure.symptom if failure else None)
+
+    assert found == [None, None, None, expected, expected]
+
+
+def test_a_shadow_is_not_taken_of_steps_that_are_not_looked_at() -> None:
+    """Nor of a step that is measured."""
+    calls = []
+
+    def counted(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return cross_entropy(model, batch)
+
+    watch = Watch(engine_of(), every=3, shadow=counted)
+    for i in range(9):
+        watch.batch((X[i], Y[i]), sample=i != 6)
+        watch.after(train_step(watch.engine, i), loss=1.0)
+
+    assert len(calls) == 1  # the fourth; the seventh was measured
 
 
 def test_which_skip_is_a_symptom_of_what() -> None:

@@ -46,6 +46,9 @@ class Checkpoint:
     computes: bool = False
 
     def run(self, module: nn.Module, inner: Forward, args: Any, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            # A graph holds no hidden state: casts, functions and random numbers are part of it.
+            return checkpoint(inner, *args, use_reentrant=False, **kwargs)
         region = _Region(module, inner, args, kwargs)
         tensors = region.tensors()
         kind = tensors[0].device.type if tensors else "cpu"

@@ -57,7 +57,8 @@ class LeveredForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._held()
         saves = module.training and torch.is_grad_enabled()
-        self.was_used = self.was_used or saves
+        if saves:
+            self.was_used = True  # written, never read: torch.compile guards on what a graph reads
         call = self.own()
         for lever in reversed(self.levers):
             if saves or lever.computes:
@@ -69,6 +70,8 @@ class LeveredForward:
         if self.replaced is not None:
             return self.replaced
         module = self._held()
+        if torch.compiler.is_compiling():  # which does not know __get__ (torch 2.11)
+            return partial(type(module).forward, module)
         own: Forward = type(module).forward.__get__(module)
         return own
 

@@ -100,6 +100,8 @@ class NarrowNorm:
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, *_NARROW):
             return narrow_norm(x, module, self.rule, torch.get_autocast_dtype(kind))
+        if torch.compiler.is_compiling() and x.dtype in _NARROW:
+            return narrow_norm(x, module, self.rule, x.dtype)
         if x.dtype in _NARROW and not self._is_native(module, inner, x):
             return narrow_norm(x, module, self.rule, x.dtype)
         return inner(*args, **kwargs)
@@ -142,10 +144,18 @@ def narrow_norm(x: Tensor, module: nn.Module, rule: NormRule, dtype: torch.dtype
     autocast = switch_autocast_off()
     try:
         w, b = getattr(module, "weight", None), getattr(module, "bias", None)
+        if torch.compiler.is_compiling():
+            return _in_one_graph(x, w, b, rule).to(dtype)
         narrowed: Tensor = _Narrow.apply(x, w, b, (rule, dtype))  # type: ignore[no-untyped-call]
         return narrowed
     finally:
         restore_autocast(autocast)
+
+
+def _in_one_graph(x: Tensor, w: Tensor | None, b: Tensor | None, rule: NormRule) -> Tensor:
+    """Return the norm of x in fp32, for a compiler, which chooses itself what is kept of it."""
+    normal, *_ = rule.forward(rule.rows(x).float(), wide(w), wide(b))
+    return normal.view(x.shape)
 
 
 def _sum(total: Tensor | None, one: Tensor | None) -> Tensor | None:

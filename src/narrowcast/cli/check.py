@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from narrowcast.cli.common import JsonOption, SetOption, console, emit_json
+from narrowcast.cli.common import JsonOption, SetOption, emit_json, result_console
 
 if TYPE_CHECKING:
     from narrowcast.records.check import CheckFinding, CheckRecord
@@ -59,7 +59,7 @@ def check(
 
     record = run(target, precision or DEFAULT_PRECISION, overrides=overrides or (), trace=trace)
     emit_json(record, json)
-    _print(record, console() if json == "-" else Console())
+    _print(record, result_console(json))
     if any(f.severity != "notice" for f in record.findings):
         raise typer.Exit(1)
 

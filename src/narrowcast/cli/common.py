@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from narrowcast.cli.json_target import emit_json, prepare_json
+from narrowcast.errors import RunDirectoryError
 
 __all__ = [
     "RUNS",
@@ -24,8 +25,13 @@ __all__ = [
     "StepsOption",
     "console",
     "emit_json",
+    "require_empty",
+    "result_console",
     "split_names",
 ]
+
+_UNFOLDED = 100_000
+"""Columns that no line fills."""
 
 RUNS = Path("runs")
 """Where results go that were given no place."""
@@ -39,8 +45,8 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         "-p",
-        help="fp32, tf32, fp16, bf16, bf16-true, bf16-split, lean, auto; Lightning's names; or a "
-        "plan file (*.json).",
+        help="fp32, tf32, fp16, bf16, bf16-true, bf16-split, lean, fp8, fp8-split "
+        "(or emulated: fp8-emulated), auto; Lightning's names; or a plan file (*.json).",
     ),
 ]
 SetOption = Annotated[
@@ -84,7 +90,27 @@ JsonOption = Annotated[
 
 def console() -> Console:
     """Return a console on stderr, so that stdout stays free for ``--json -``."""
-    return Console(stderr=True)
+    return _unfolded_elsewhere(Console(stderr=True))
+
+
+def result_console(json: str | None) -> Console:
+    """Return the console for a verb's result: stdout, unless that carries the JSON."""
+    return console() if json == "-" else _unfolded_elsewhere(Console())
+
+
+def _unfolded_elsewhere(out: Console) -> Console:
+    """Fold lines on a terminal alone: in a pipe or a file a path or a name stays in one piece."""
+    if not out.file.isatty():
+        out.width = _UNFOLDED
+    return out
+
+
+def require_empty(output: Path | None) -> None:
+    """Raise RunDirectoryError for a place of results that holds something already."""
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunDirectoryError(
+            f"{output} exists and is not an empty directory", hint="choose another --output"
+        )
 
 
 def split_names(text: str) -> tuple[str, ...]:

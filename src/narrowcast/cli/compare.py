@@ -24,6 +24,7 @@ from narrowcast.cli.common import (
     StepsOption,
     console,
     emit_json,
+    result_console,
     split_names,
 )
 from narrowcast.cli.precision import plan_called
@@ -120,7 +121,7 @@ def compare(
     report = directory / "report.html"
     write_html(record, report)
     # The verdict itself is what was asked for: to stdout, unless JSON is to stand there.
-    render_summary(record, console() if json == "-" else Console())
+    render_summary(record, result_console(json))
     emit_json(record, json)
     _say(console(), f"report: {report} (in the terminal: narrowcast report {directory})")
 
@@ -160,7 +161,7 @@ class _Watch:
         self.position = 0
         self.ended = 0
         self.runs = 0
-        self.said: set[str] = set()
+        self.said = set(planned.notes)
         self.task: TaskID | None = None
 
     def __call__(self, event: ComparisonEvent) -> None:

@@ -23,9 +23,10 @@ from narrowcast.cli.common import (
     SetOption,
     console,
     emit_json,
+    require_empty,
+    result_console,
 )
 from narrowcast.cli.precision import KeepOption, PolicyOption, asked, chosen_plan
-from narrowcast.errors import RunDirectoryError
 
 if TYPE_CHECKING:
     from narrowcast.plan import Plan
@@ -72,7 +73,7 @@ def diagnose(
     The training is taken as asked and in fp32, its failing step is replayed operation by
     operation, and every remedy is tried on it. Exits with 0 whatever the verdict.
     """
-    _require_empty(output)
+    require_empty(output)
     from narrowcast.diagnosis import diagnose as diagnosis
     from narrowcast.precision.device import device_at_hand
     from narrowcast.recipes.load import load_recipe
@@ -93,14 +94,7 @@ def diagnose(
     record = _write(record, plan, output)
     emit_json(record, json)
     if json != "-":
-        _print(record, Console())
-
-
-def _require_empty(output: Path | None) -> None:
-    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunDirectoryError(
-            f"{output} exists and is not an empty directory", hint="choose another --output"
-        )
+        _print(record, result_console(json))
 
 
 def _write(record: DiagnosisRecord, plan: Plan, output: Path | None) -> DiagnosisRecord:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from narrowcast.cli.common import DeviceOption, JsonOption, console, emit_json
+from narrowcast.cli.common import DeviceOption, JsonOption, console, emit_json, result_console
 from narrowcast.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def register(app: typer.Typer) -> None:
 def doctor(device: DeviceOption = None, json: JsonOption = None) -> None:
     """Measure what this machine can do in each precision, in seconds, and recommend one.
 
-    Times a matrix product and a convolution's training step in fp32, tf32, fp16 and bf16.
+    Times a matrix product and a convolution's training step in fp32, tf32, fp16 and bf16,
+    and a matrix product in fp8.
     """
     from narrowcast.precision.device import device_at_hand, measure_device
 
@@ -38,7 +39,7 @@ def doctor(device: DeviceOption = None, json: JsonOption = None) -> None:
         record = measure_device(target)
     emit_json(record, json)
     if json != "-":
-        _print(record, Console())
+        _print(record, result_console(json))
 
 
 def _print(record: DeviceRecord, out: Console) -> None:

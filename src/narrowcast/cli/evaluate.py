@@ -9,13 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from narrowcast.cli.common import (
-    DeviceOption,
-    JsonOption,
-    SetOption,
-    console,
-    emit_json,
-)
+from narrowcast.cli.common import DeviceOption, JsonOption, SetOption, emit_json, result_console
 from narrowcast.cli.precision import PolicyOption, asked, chosen_plan
 from narrowcast.errors import RunDirectoryError, UsageError
 
@@ -90,7 +84,7 @@ def evaluate(
             deterministic=deterministic is not False,
         )
     emit_json(record, json)
-    _print(record, console() if json == "-" else Console())
+    _print(record, result_console(json))
 
 
 def _of_run(

@@ -19,9 +19,10 @@ from narrowcast.cli.common import (
     SetOption,
     console,
     emit_json,
+    require_empty,
+    result_console,
 )
 from narrowcast.cli.precision import KeepOption, PolicyOption, asked, chosen_plan
-from narrowcast.errors import RunDirectoryError
 
 if TYPE_CHECKING:
     from narrowcast.records.memory import MemoryRecord
@@ -59,7 +60,7 @@ def memory(
     The third step is measured, storage by storage; the lines add up to the peak to the byte. For
     precisions that use autocast it also finds the batch size from which they hold less than fp32.
     """
-    _require_empty(output)
+    require_empty(output)
     from narrowcast.precision.device import device_at_hand
     from narrowcast.profiling import measure_recipe
     from narrowcast.recipes.load import load_recipe
@@ -77,14 +78,7 @@ def memory(
     _write(record, output)
     emit_json(record, json)
     if json != "-":
-        _print(record, Console())
-
-
-def _require_empty(output: Path | None) -> None:
-    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunDirectoryError(
-            f"{output} exists and is not an empty directory", hint="choose another --output"
-        )
+        _print(record, result_console(json))
 
 
 def _write(record: MemoryRecord, output: Path | None) -> None:

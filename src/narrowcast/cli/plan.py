@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
-from rich.console import Console
 
 from narrowcast.cli.common import (
     JsonOption,
@@ -16,6 +15,7 @@ from narrowcast.cli.common import (
     SetOption,
     console,
     emit_json,
+    result_console,
     split_names,
 )
 from narrowcast.errors import UsageError
@@ -115,7 +115,7 @@ def plan(
         write_for_user(output, dumps(record) + "\n", is_record)
     emit_json(record, json)
     if json != "-":
-        render_terminal(record, Console())
+        render_terminal(record, result_console(json))
     if output is not None:
         console().print(f"plan: {output}", markup=False, highlight=False, soft_wrap=True)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from narrowcast.cli.common import (
     AutocastRulesOption,
@@ -16,6 +16,7 @@ from narrowcast.cli.common import (
     SetOption,
     console,
     emit_json,
+    result_console,
 )
 from narrowcast.cli.precision import KeepOption, PolicyOption, adjusted, asked
 
@@ -35,6 +36,19 @@ TargetOption = Annotated[
     ),
 ]
 
+WorldOption = Annotated[
+    int | None,
+    typer.Option("--world", metavar="N", help="Ranks that share each batch; with --parallel."),
+]
+ParallelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--parallel",
+        metavar="KIND",
+        help="How they share the training: ddp or fsdp2; the peak is that of one rank.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the application."""
@@ -50,6 +64,8 @@ def predict(
     keep_fp32: KeepOption = None,
     device: TargetOption = "cpu",
     autocast_rules: AutocastRulesOption = "native",
+    world: WorldOption = None,
+    parallel: ParallelOption = None,
     json: JsonOption = None,
 ) -> None:
     """Predict the peak of one training step: nothing is run, and no GPU is needed.
@@ -57,6 +73,9 @@ def predict(
     Two steps are traced on tensors that have sizes and no contents. The lines are those of
     `narrowcast memory`; for a GPU also what its allocator requests, allocates and reserves.
     """
+    if parallel is not None:
+        # DDP's reducer would advise on stderr against looking for unused parameters; see replicas.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from narrowcast.planning.place import place_named
     from narrowcast.prediction.predict import predict_memory
     from narrowcast.report.terminal import render_terminal
@@ -65,11 +84,17 @@ def predict(
     plan = _plan(asked(precision, policy), device, rules=autocast_rules, keep_fp32=keep_fp32 or [])
     with console().status("tracing a training step"):
         record = predict_memory(
-            recipe, plan, device=device, batch_size=batch, options=overrides or ()
+            recipe,
+            plan,
+            device=device,
+            batch_size=batch,
+            world=world,
+            parallel=parallel,
+            options=overrides or (),
         )
     emit_json(record, json)
     if json != "-":
-        render_terminal(record, Console())
+        render_terminal(record, result_console(json))
 
 
 def _plan(name: str | Path, device: str, *, rules: str, keep_fp32: list[str]) -> Plan:

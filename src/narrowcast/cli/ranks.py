@@ -23,8 +23,9 @@ ParallelOption = Annotated[
     typer.Option(
         "--parallel",
         metavar="KIND",
-        help="Share the work with the other processes that torchrun started: ddp. The recipe's "
-        "batch is that of all of them together.",
+        help="Share the work with the other processes that torchrun started: ddp (each holds the "
+        "whole model) or fsdp2 (each a part of every weight). The recipe's batch is that of all of "
+        "them together.",
     ),
 ]
 

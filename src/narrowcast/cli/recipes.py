@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from narrowcast.cli.common import JsonOption, console, emit_json
+from narrowcast.cli.common import JsonOption, console, emit_json, result_console
 from narrowcast.errors import UsageError
 from narrowcast.files import cannot_write
 
@@ -41,7 +41,7 @@ def recipes(context: typer.Context, json: JsonOption = None) -> None:
     described = builtin_recipes()
     emit_json({"recipes": described}, json)
     if json != "-":
-        _print(described, Console())
+        _print(described, result_console(json))
 
 
 @group.command()

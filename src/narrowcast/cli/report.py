@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from narrowcast.cli.common import JsonOption, console, emit_json
+from narrowcast.cli.common import JsonOption, console, emit_json, result_console
 
 __all__ = ["register", "report"]
 
@@ -47,7 +46,7 @@ def report(
     require_replaceable(target, is_report)
     write_html_for_user(found.record, target, points=found.points)
     # The report itself is what was asked for, so it goes to stdout unless JSON is to stand there.
-    shown = console() if json == "-" else Console()
+    shown = result_console(json)
     render_terminal(found.record, shown, points=found.points)
     emit_json(found.record, json)
     console().print(f"report: {target}", markup=False, highlight=False, soft_wrap=True)

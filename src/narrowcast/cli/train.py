@@ -30,6 +30,7 @@ from narrowcast.cli.common import (
     StepsOption,
     console,
     emit_json,
+    result_console,
 )
 from narrowcast.cli.plan import BudgetOption, Limit, PlanOption, limit_of, planned
 from narrowcast.cli.precision import KeepOption, PolicyOption, asked, chosen_plan
@@ -39,6 +40,7 @@ from narrowcast.units import format_duration
 if TYPE_CHECKING:
     import torch
 
+    from narrowcast.recipes.load import Recipe
     from narrowcast.records.run import Evaluation, RunRecord, StepPoint
     from narrowcast.training.events import Event, Started
 
@@ -90,6 +92,18 @@ WatchOption = Annotated[
     ),
 ]
 
+CompileOption = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the model's calls with torch.compile (inductor)."),
+]
+ShadowOption = Annotated[
+    bool,
+    typer.Option(
+        "--shadow",
+        help="At each look of the watch, compute the loss in fp32 too, and tell if it is another.",
+    ),
+]
+
 TrackOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -120,6 +134,8 @@ def train(
     evaluate_every: EvaluateOption = None,
     measure: MeasureOption = True,
     watch: WatchOption = 100,
+    shadow: ShadowOption = False,
+    compiled: CompileOption = False,
     deterministic: DeterministicOption = True,
     parallel: ParallelOption = None,
     track: TrackOption = None,
@@ -127,8 +143,6 @@ def train(
 ) -> None:
     """Train a recipe in one precision. Ctrl-C ends the run cleanly; --resume goes on exactly."""
     with ranks(parallel, budget=budget) as rank:
-        from narrowcast.precision.device import device_at_hand
-        from narrowcast.recipes.load import load_recipe
         from narrowcast.training.train import TrainOptions
 
         options = TrainOptions(
@@ -140,10 +154,11 @@ def train(
             checkpoint_every=checkpoint_every,
             measure=measure,
             watch=watch,
+            shadow=shadow,
+            compile="inductor" if compiled else "",
             deterministic=deterministic,
         )
-        place = device_at_hand(rank.device_name(device))
-        loaded = load_recipe(recipe, overrides or ())
+        place, loaded = _at_hand(rank.device_name(device), recipe, overrides)
         named = asked(precision, policy)
         chosen = planned(
             recipe,
@@ -155,11 +170,20 @@ def train(
             others=_typed(precision, policy, keep_fp32, autocast_rules, resume and budget),
         ) or chosen_plan(named, place, rules=autocast_rules, keep_fp32=keep_fp32)
         limit = limit_of(loaded, place, file=plan or named, budget=budget, accumulate=accumulate)
-        stem = f"{loaded.name}-{chosen.name}-seed{seed}"
-        directory = output or rank.directory(lambda: _default_directory(stem, resume))
-        run = partial(_followed, rank, track, loaded, chosen, options, directory)
-        record = run(device=place, resume=resume, limit=limit)
+        where = partial(_default_directory, loaded.name, chosen.name, seed, resume=resume)
+        parts = (loaded, chosen, options, directory := output or rank.directory(where))
+        record = _followed(rank, track, *parts, device=place, resume=resume, limit=limit)
     _finish(record, directory, json, is_main=rank.is_main)
+
+
+def _at_hand(
+    device: str | None, recipe: str, overrides: list[str] | None
+) -> tuple[torch.device, Recipe]:
+    """Return the device and the recipe that are asked for."""
+    from narrowcast.precision.device import device_at_hand
+    from narrowcast.recipes.load import load_recipe
+
+    return device_at_hand(device), load_recipe(recipe, overrides or ())
 
 
 def _followed(
@@ -209,10 +233,11 @@ def _typed(
     }
 
 
-def _default_directory(stem: str, resume: bool) -> Path:
+def _default_directory(recipe: str, plan: str, seed: int, *, resume: bool) -> Path:
     """Choose a new directory under runs/, or the newest of this name to go on with."""
     from narrowcast.training.run_directory import default_directory, latest_directory
 
+    stem = f"{recipe}-{plan}-seed{seed}"
     latest = latest_directory(RUNS, stem) if resume else None
     return latest or default_directory(RUNS, stem)
 
@@ -238,7 +263,7 @@ def _finish(record: RunRecord, directory: Path, json: str | None, *, is_main: bo
         )
         raise typer.Exit(130)
     # The result is what was asked for: to stdout, unless JSON is to stand there.
-    render_summary(record, out if json == "-" else Console(), points=points)
+    render_summary(record, result_console(json), points=points)
     _say(out, f"run: {directory} (report: {place.report_path})")
 
 

@@ -20,8 +20,8 @@ from narrowcast.cli.common import (
     RecipeArgument,
     SeedOption,
     SetOption,
-    console,
     emit_json,
+    result_console,
 )
 from narrowcast.cli.precision import KeepOption, PolicyOption, asked, chosen_plan
 from narrowcast.errors import PrecisionError
@@ -80,7 +80,7 @@ def verify_resume(
             observe=watch,
         )
     emit_json(record, json)
-    _print(record, console() if json == "-" else Console())
+    _print(record, result_console(json))
     if record.verdict != "EXACT":
         raise typer.Exit(PrecisionError.exit_code)
 

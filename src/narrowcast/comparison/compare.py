@@ -19,6 +19,7 @@ from narrowcast.data import evaluation_batches
 from narrowcast.errors import RecipeError, UnknownName, UsageError
 from narrowcast.plan import PLANS, Plan
 from narrowcast.precision.device import environment, require
+from narrowcast.precision.float8 import what_it_saves
 from narrowcast.randomness import isolated
 from narrowcast.recipes.load import Recipe, load_again, option_values
 from narrowcast.records.codec import to_json
@@ -76,6 +77,7 @@ def plan_comparison(
     arms, notes = _arms(plans)
     for arm in arms:
         require(arm.policy, device)
+    notes += tuple(said for said in {what_it_saves(arm.policy): None for arm in arms} if said)
     if steps is not None and steps < 1:
         raise UsageError(f"{steps} steps make no training", hint="take 1 step or more")
     amount, kind = parse_margin(margin)

@@ -51,7 +51,7 @@ def suspect_course(subject: Subject, plan: Plan, steps: int, observe: Observe) -
     """Take up to `steps` steps as asked; samples are the first, the middle and the last."""
     training = subject.begin(plan)
     engine = training.engine
-    floor = Scaling.of(subject, plan).floor
+    scaling = Scaling.of(subject, plan)
     sample_at = {1, (steps + 1) // 2, steps}
     has_narrow_weights = any(p.element_size() < 4 for p in engine.model.parameters())
     metered: list[tuple[WeightUpdates, ...]] = []
@@ -67,7 +67,7 @@ def suspect_course(subject: Subject, plan: Plan, steps: int, observe: Observe) -
         metered.append(meter.updates)
 
     def fails_at_floor(moment: Moment) -> bool:
-        trace = replay_step(engine, training.compute_loss, moment, scale=floor, ranges=None)
+        trace = replay_step(engine, training.compute_loss, moment, scale=scaling.floor, ranges=None)
         return not trace.is_finite
 
     course = take_course(
@@ -75,6 +75,7 @@ def suspect_course(subject: Subject, plan: Plan, steps: int, observe: Observe) -
         steps,
         sample_at=sample_at,
         fails_at_floor=fails_at_floor,
+        moves=scaling.moves,
         around=around,
         observe=lambda step: observe(f"{plan.name}: step {step} of {steps}"),
     )
@@ -106,7 +107,8 @@ def reference_course(subject: Subject, plan: Plan, steps: int, observe: Observe)
 def _size(training: Training) -> float:
     """Return the L2 norm of all weights."""
     weights = [p.detach() for p in training.engine.model.parameters()]
-    return math.hypot(*(float(torch.linalg.vector_norm(w.double())) for w in weights))
+    wide = ((w, torch.complex128 if w.is_complex() else torch.float64) for w in weights)
+    return math.hypot(*(float(torch.linalg.vector_norm(w, dtype=dtype)) for w, dtype in wide))
 
 
 def full_precision_failure(reference: Reference, *, is_loud: bool) -> str:
@@ -147,7 +149,9 @@ def _losses(
     if rounded:
         low = torch_dtype(plan.policy.compute)
         with torch.no_grad():
-            for parameter in training.engine.model.parameters():
+            # No format of 16 bits is complex: such weights are in no way rounded.
+            real = (p for p in training.engine.model.parameters() if p.is_floating_point())
+            for parameter in real:
                 narrow = parameter.to(low)
                 parameter.copy_(torch.where(narrow.isfinite(), narrow, parameter))
     return tuple(training.step().loss if each else training.pass_over() for each in applied)

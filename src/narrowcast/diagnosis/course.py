@@ -112,12 +112,14 @@ def take_course(
     *,
     sample_at: Collection[int] = (),
     fails_at_floor: Callable[[Moment], bool] = lambda moment: False,
+    moves: bool = True,
     around: Callable[[int], AbstractContextManager[object]] = lambda step: nullcontext(),
     observe: Callable[[int], None] = lambda step: None,
 ) -> Course:
     """Take up to `steps` optimizer steps, and stop at the first failure.
 
-    `fails_at_floor` tells of a skipped step whether it would be skipped at the lowest scale too.
+    `fails_at_floor` tells of a skipped step whether it would be skipped at the lowest scale too;
+    without `moves` there is but one.
     `around` is entered round each step; `observe` is told its number when it is over.
     """
     kept, camera = _Kept(), _Camera(training)
@@ -138,7 +140,8 @@ def take_course(
         symptom = _symptom(point, taken.error)
         # A row that the budget cuts short is asked too: is it only a scale that was being found?
         if not symptom and row and (row % _FIRST_DOUBT == 0 or number == steps):
-            symptom = _doubt(row, point) if any(map(fails_at_floor, camera.moments)) else ""
+            fails = any(map(fails_at_floor, camera.moments))
+            symptom = _doubt(row, point, moves=moves) if fails else ""
         if symptom:
             return kept.course(symptom, failing=camera.snapshot(point))
         if before is not None:
@@ -211,13 +214,11 @@ def _symptom(point: Point, error: PrecisionError | None) -> str:
     return "" if error is None else error.message
 
 
-def _doubt(row: int, point: Point) -> str:
+def _doubt(row: int, point: Point, *, moves: bool) -> str:
     """Say that a row of skips, which a lower scale might end, is not going to end."""
     rows = f"{row} steps in a row were skipped, the last one" if row > 1 else "a step was skipped,"
-    return (
-        f"{rows} step {point.step} at loss scale {point.scale:g}, and at the lowest scale its "
-        "gradients overflow as well"
-    )
+    end = "at the lowest scale its gradients overflow as well" if moves else "it never comes down"
+    return f"{rows} step {point.step} at loss scale {point.scale:g}, and {end}"
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -38,7 +38,8 @@ def cures_for(finding: Finding, plan: Plan, *, on_cpu: bool) -> Iterator[Cure]:
     if finding.kind == "lost updates":
         yield from _stores(plan)
     if "scale that keeps them" in finding.figures:
-        yield _initial_scale(plan, finding.figures["scale that keeps them"])
+        is_lower = finding.kind == "scale too high"
+        yield _initial_scale(plan, finding.figures["scale that keeps them"], is_lower=is_lower)
     serves = finding.figures.get("scale that serves")
     if serves is not None:
         yield _steady_scale(plan, serves)
@@ -69,7 +70,10 @@ def _stores(plan: Plan) -> Iterator[Cure]:
     policy = plan.policy
     states = "fp32" if plan.states == OWN else plan.states
     for weights, words in (
-        ("stochastic", "round updates at random: what one step loses, another gains; 0 B"),
+        (
+            "stochastic",
+            "round updates at random: what one step loses, another gains; scratch in the step",
+        ),
         ("split16", "keep the lower 16 bits of each fp32 weight beside bf16: 2 B a weight"),
     ):
         yield Cure(
@@ -88,12 +92,13 @@ def _stores(plan: Plan) -> Iterator[Cure]:
     )
 
 
-def _initial_scale(plan: Plan, scale: float) -> Cure:
+def _initial_scale(plan: Plan, scale: float, *, is_lower: bool) -> Cure:
+    lower = "a lower" if is_lower else "a"
     return Cure(
-        name=f"a loss scale of {scale:g}",
-        words=f"begin with a loss scale of {scale:g}, at which nothing overflows",
+        name=f"{lower} loss scale of {scale:.0f}",
+        words=f"begin with a loss scale of {scale:.0f}, at which nothing overflows",
         options="",
-        code=f"Engine(..., {plan.name!r}, scale=DynamicScale(scale={scale:g}))",
+        code=f"Engine(..., {plan.name!r}, scale=DynamicScale(scale={scale:.0f}))",
         plan=plan,
         scale=scale,
     )
@@ -102,9 +107,9 @@ def _initial_scale(plan: Plan, scale: float) -> Cure:
 def _steady_scale(plan: Plan, scale: float) -> Cure:
     return Cure(
         name="slower growth",
-        words=f"begin with a loss scale of {scale:g} and raise it after 2000 steps, not sooner",
+        words=f"begin with a loss scale of {scale:.0f} and raise it after 2000 steps, not sooner",
         options="",
-        code=f"Engine(..., {plan.name!r}, scale=DynamicScale(scale={scale:g}, interval=2000))",
+        code=f"Engine(..., {plan.name!r}, scale=DynamicScale(scale={scale:.0f}, interval=2000))",
         plan=plan,
         scale=scale,
     )

@@ -121,7 +121,7 @@ def diagnose_training(
     the rest is as in `diagnose`.
     """
     limit = MOST_STEPS if steps is None else _checked(steps)
-    own = next(model.parameters()).device if isinstance(model, nn.Module) else None
+    own = _device_of(model) if isinstance(model, nn.Module) else None
     target = device_at_hand(str(device or own or "cpu"))
     subject = subject_of_parts(
         Parts(model=model, optimizer=optimizer, loss=loss),
@@ -149,6 +149,15 @@ def _plan_of(precision: Plan | Policy | str, device: torch.device) -> Plan:
         plan = precision
     require(plan.policy, device)
     return plan
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    for parameter in model.parameters():
+        return parameter.device
+    raise UsageError(
+        f"{type(model).__name__} has no parameters: there is nothing to train",
+        hint="pass the model that the optimizer steps",
+    )
 
 
 def _checked(steps: int) -> int:
@@ -248,7 +257,7 @@ def _diagnosed(
     )
     if found.is_curable:
         observe("trying modules in fp32")
-        stage = Stage(subject, found.snapshots, first)
+        stage = Stage(subject, found.snapshots, first, is_off=found.is_off)
         islands = grown_islands(stage, plan)
         if minimal_fp32:  # by the stage that has counted the replays so far
             culprits = (*islands.culprits, *others)

@@ -51,7 +51,8 @@ class Evidence:
     """At that scale; where it overflows, at the largest one below that does not, and where none
     serves, at the floor."""
     best: StepTrace | None = None
-    """At the largest scale of all that does not overflow; None where none was looked for."""
+    """At the largest scale of all that does not overflow; None where none was looked for, or where
+    the gradients overflow at every one from 1 on."""
     reference: StepTrace
 
     @property

@@ -12,6 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves  # torch's only walker of nests
 
 from narrowcast.diagnosis.arms import (
     Suspect,
@@ -22,7 +26,7 @@ from narrowcast.diagnosis.arms import (
 )
 from narrowcast.diagnosis.course import Course
 from narrowcast.diagnosis.evidence import Evidence
-from narrowcast.diagnosis.faint import underflows
+from narrowcast.diagnosis.faint import scale_too_high, underflows
 from narrowcast.diagnosis.gather import gather, on_its_own
 from narrowcast.diagnosis.judge import findings_of
 from narrowcast.diagnosis.raised import constant_that_raised
@@ -73,6 +77,8 @@ class Examined:
     """On which remedies are to be tried."""
     shown: Evidence | None = None
     """The step whose values are to be shown."""
+    is_off: bool = False
+    """Whether it was the losses that gave it away; remedies are then judged as strictly."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -142,9 +148,10 @@ def _raised(suspect: Suspect, plan: Plan, said: str) -> Examined:
     error = course.raised
     assert error is not None
     finding = constant_that_raised(error, suspect.training.engine.model, plan.policy.compute)
-    if finding is None:
-        raise error
     step = len(course.points) + 1
+    if finding is None:
+        error.hint = "; ".join(part for part in (_only_in(plan, step, said), error.hint) if part)
+        raise error
     return Examined(
         findings=(finding,),
         course=course,
@@ -155,10 +162,18 @@ def _raised(suspect: Suspect, plan: Plan, said: str) -> Examined:
     )
 
 
+def _only_in(plan: Plan, step: int, said: str) -> str:
+    """Say what an error hangs on that is none of the precisions' doing that we know."""
+    return (
+        f"step {step} in {plan.name} raised it, and none did in fp32 ({said.removeprefix('fp32: ')}"
+        "): look at what that line does with a tensor of another dtype"
+    )
+
+
 def _difference(subject: Subject, plan: Plan, kept: Snapshot) -> str:
     """Say how the kept step differs from what was recorded of it; '' where it does not."""
     moment, recorded = kept.moments[0], kept.losses[0]
-    losses = []
+    losses, untouched = [], _versions(moment.batch)
     for _ in range(2):  # on a fresh model each: what a model keeps to itself is as at first
         engine = on_its_own(subject, plan, kept).engine
         losses.append(replay_step(engine, subject.compute_loss, moment, ranges=None).loss)
@@ -167,6 +182,12 @@ def _difference(subject: Subject, plan: Plan, kept: Snapshot) -> str:
     slack = 0.0 if exact else float_format(plan.policy.compute).eps * abs(recorded)
     if all(_is_same(loss, recorded, slack) for loss in losses):
         return ""
+    if _versions(moment.batch) != untouched:
+        return (
+            f"the loss writes into its batch, so that step {kept.step} cannot be taken again: it "
+            f"gave {recorded:.9g}, and then {losses[0]:.9g} from what it had left there (work on a "
+            "copy: batch.clone())."
+        )
     if _is_same(losses[0], losses[1], 0.0):
         return (
             f"the loss of step {kept.step} was {recorded:.9g}, and taken again on a fresh model "
@@ -180,6 +201,12 @@ def _difference(subject: Subject, plan: Plan, kept: Snapshot) -> str:
         "random numbers that no seed of Python, numpy or torch decides, or adds up in no fixed "
         "order."
     )
+
+
+def _versions(batch: Any) -> list[int]:
+    """Return torch's counts of the writes into the tensors of a batch."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def _is_same(a: float, b: float, slack: float) -> bool:
@@ -246,6 +273,9 @@ def _silent(
     shadow = shadowed(subject, plan, course, reference, observe) if course.applied else None
     lost = lost_updates(suspect.updates, holding_matrices(suspect.training.engine.model))
     findings = _by_cause([*findings, *lost])
+    is_off = not findings and shadow is not None and (shadow.is_far_off or shadow.is_far_below)
+    if is_off:
+        findings = list(persistent([findings_of(each, is_off=True) for each in evidence]))
     accused = findings[0] if findings else _unaccused(course, evidence, shadow, budget)
     is_seen = bool(findings)
     return Examined(
@@ -256,7 +286,8 @@ def _silent(
         reference=_said(reference),
         snapshots=snapshots if is_seen else (),
         shown=evidence[-1] if evidence else None,
-        notes=_notes(evidence),
+        is_off=is_off,
+        notes=(*_notes(evidence), *_far_below(shadow)),
     )
 
 
@@ -282,6 +313,7 @@ def _by_cause(findings: Sequence[Finding]) -> list[Finding]:
         "lost updates",
         "scale thrashing",
         "scale too low",
+        "scale too high",
         "backward underflow",
     )
     return sorted(findings, key=lambda f: order.index(f.kind) if f.kind in order else -1)
@@ -290,6 +322,10 @@ def _by_cause(findings: Sequence[Finding]) -> list[Finding]:
 def _restless(subject: Subject, plan: Plan, course: Course) -> Finding | None:
     """Find out whether one loss scale would have served all steps."""
     skipped = [gather(subject, plan, each, look=False) for each in course.late_skips]
+    # A scale that does not move overflows at some batches and not at others; one has to serve all.
+    too_high = [found for each in skipped if (found := scale_too_high(each)) is not None]
+    if too_high:
+        return min(too_high, key=lambda finding: finding.figures["scale that keeps them"])
     scale = min((each.low.scale for each in skipped), default=1.0)
     lost: tuple[Finding, ...] = ()
     for usual in course.samples:
@@ -325,8 +361,19 @@ def _unaccused(
 def _quiet_symptom(shadow: Deviation | None) -> str:
     if shadow is None:
         return ""
-    far = "more than noise" if shadow.is_far_off else "no more than noise so far"
+    is_noise = not (shadow.is_far_off or shadow.is_far_below)
+    far = "no more than noise so far" if is_noise else "more than noise"
     return f"the loss is {shadow.gap:+.3g} from fp32's at the end: {far}"
+
+
+def _far_below(shadow: Deviation | None) -> tuple[str, ...]:
+    if shadow is None or not shadow.is_far_below:
+        return ()
+    words = (
+        f"the loss at the end is {-shadow.gap:.3g} below fp32's, where {shadow.allowed:.2g} would "
+        "be noise: the two may not learn the same task, as where a noise or a penalty is lost"
+    )
+    return (words,)
 
 
 def _notes(evidence: Sequence[Evidence]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from narrowcast.diagnosis.silent import MOST
 from narrowcast.records.diagnosis import ExecutedOp, Finding
 from narrowcast.replay.step import StepTrace
 
-__all__ = ["Lost", "lost_by_module", "underflows"]
+__all__ = ["Lost", "lost_by_module", "scale_too_high", "underflows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,33 @@ def underflows(evidence: Evidence) -> tuple[Finding, ...]:
     order = _arrivals(evidence.low.events)
     nearest = sorted(accused, key=lambda name: order.get(name, len(order)))
     return tuple(_underflow(evidence, name, accused[name], keeping) for name in nearest)
+
+
+def scale_too_high(evidence: Evidence) -> Finding | None:
+    """Accuse the loss scale of a step that overflows at it, and at a lower one loses little.
+
+    Only the training's own choice can be too high: a scale that never moves, or a floor above 1.
+    """
+    best, high = evidence.best, evidence.low.scale
+    if not evidence.is_loud or best is None or best.scale >= high:
+        return None
+    if any(lost.share >= MOST for lost in lost_by_module(best, evidence.reference).values()):
+        return None
+    broken = sum(not values.is_finite for values in evidence.low.gradients.values())
+    return Finding(
+        kind="scale too high",
+        phase="backward",
+        explanation=(
+            f"at a loss scale of {high:g}, the lowest that this training allows, the gradients of "
+            f"{broken} of {len(evidence.low.gradients)} parameters overflow in {evidence.compute}; "
+            f"at {best.scale:g} none does, and no module loses most of its own to zero."
+        ),
+        figures={
+            "loss scale": high,
+            "parameters that overflow": float(broken),
+            "scale that keeps them": best.scale,
+        },
+    )
 
 
 def _keeping(evidence: Evidence, accused: Mapping[str, Lost]) -> StepTrace | None:

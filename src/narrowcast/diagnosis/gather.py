@@ -2,6 +2,7 @@
 
     as asked, at the scale in force
         overflows?   at the largest scale below that does not; or at the floor, to show where
+                 and, where the training's own choice put the floor, below it too
     in fp32, from the same weights
     gradients lost to zero?   at the largest scale of all that does not overflow
     once more, operation by operation
@@ -91,17 +92,20 @@ def gather(
     scaling = Scaling.of(subject, plan)
     engine = subject.rig(plan).engine
     is_scaled = plan.policy.scaling != "none"
-    begin = max(scale or snapshot.scale, scaling.floor) if is_scaled else 1.0
+    begin = 1.0
+    if is_scaled:  # one that is asked for here may well lie below what the training allows
+        begin = scale if scale is not None else max(snapshot.scale, scaling.floor)
     part, low = _failing_part(engine, subject, snapshot, scaling, begin)
     moment = snapshot.moments[part]
     if len(snapshot.moments) > 1:  # anew: it has passed through the buffers of the others
         engine = on_its_own(subject, plan, snapshot, part).engine
     if reference is None or part:
         reference = reference_of(subject, plan, snapshot, part)
-    best = None
-    if low.is_finite and is_scaled and _loses(low, reference):
-        at = _at(engine, subject, moment)
+    at, best = _at(engine, subject, moment), None
+    if is_scaled and low.is_finite and _loses(low, reference):
         best = largest_finite_scale(at, at_least=low.scale, at_most=_LARGEST_SCALE)
+    elif is_scaled and not low.is_finite and math.isfinite(low.loss) and low.scale >= 2:
+        best = largest_finite_scale(at, at_least=1.0, at_most=low.scale / 2)
     if look:
         whole = replay_step(engine, subject.compute_loss, moment, scale=low.scale)
         low = replace(whole, gradient_samples=low.gradient_samples)

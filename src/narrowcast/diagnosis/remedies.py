@@ -75,23 +75,23 @@ def tried_remedies(
         observe(f"trying {cure.name}")
         tried.append((cure, stage.try_plan(cure.plan, scale=cure.scale)))
     seconds, peak = step_seconds(stage, plan), subject.peak(plan)
-    remedies = []
+    priced = []
     for cure, outcome in tried:
         is_free = cure.plan == plan
-        held = peak if is_free else subject.peak(cure.plan)
-        taken = seconds if is_free else step_seconds(stage, cure.plan)
-        remedies.append(
-            Remedy(
-                name=cure.name,
-                words=cure.words,
-                how=_how(cure, subject),
-                memory_bytes=None if held is None or peak is None else held - peak,
-                time_ratio=taken / seconds if taken and seconds else None,
-                works=outcome.works,
-                outcome=outcome.words,
-            )
+        held, taken = (peak, seconds) if is_free else (None, None)
+        if outcome.ran and not is_free:
+            held, taken = subject.peak(cure.plan), step_seconds(stage, cure.plan)
+        remedy = Remedy(
+            name=cure.name,
+            words=cure.words,
+            how=_how(cure, subject),
+            memory_bytes=None if held is None or peak is None else held - peak,
+            time_ratio=taken / seconds if taken and seconds else None,
+            works=outcome.works,
+            outcome=outcome.words,
         )
-    return tuple(sorted(remedies, key=_price))
+        priced.append((_price(remedy, is_free=is_free), remedy))
+    return tuple(remedy for _, remedy in sorted(priced, key=lambda each: each[0]))
 
 
 def step_seconds(stage: Stage, plan: Plan) -> float | None:
@@ -123,7 +123,9 @@ def _how(cure: Cure, subject: Subject) -> str:
     return cure.code
 
 
-def _price(remedy: Remedy) -> tuple[bool, float, float]:
+def _price(remedy: Remedy, *, is_free: bool) -> tuple[bool, bool, float, float]:
+    """Order what works before what does not; what changes a loss scale alone costs nothing."""
     unknown = math.inf
     memory = unknown if remedy.memory_bytes is None else float(remedy.memory_bytes)
-    return not remedy.works, memory, unknown if remedy.time_ratio is None else remedy.time_ratio
+    time = unknown if remedy.time_ratio is None else remedy.time_ratio
+    return not remedy.works, not is_free, memory, time

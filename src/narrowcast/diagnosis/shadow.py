@@ -48,6 +48,11 @@ class Deviation:
         """Whether the loss is higher than fp32's by more than noise explains."""
         return self.gap > self.allowed
 
+    @property
+    def is_far_below(self) -> bool:
+        """Whether it is lower by as much: no failure, but the two may not learn the same task."""
+        return self.gap < -self.allowed
+
 
 def deviation(
     low: Sequence[float], reference: Sequence[float], control: Sequence[float], *, compute: str

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only  # torch's only walker of nests
 
 from narrowcast.data import split_batch, to_device
 from narrowcast.engine.engine import Engine
@@ -203,7 +204,7 @@ def subject_of_parts(
     def begin(plan: Plan) -> Training:
         rig = subject.rig(plan)
         seed_everything(seed, "training")
-        return Training(rig, parts.compute_loss, itertools.cycle(held), None)
+        return Training(rig, parts.compute_loss, map(_copied, itertools.cycle(held)), None)
 
     def predict(plan: Plan) -> MemoryRecord:
         model, optimizer, loss = parts.model, parts.optimizer, parts.loss
@@ -234,6 +235,13 @@ def subject_of_parts(
         under_seed=under_seed,
     )
     return subject
+
+
+def _copied(batch: Any) -> Any:
+    """Copy a batch's tensors: what a loss writes into them is neither the caller's nor shared."""
+    return tree_map_only(
+        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), batch
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,6 +16,7 @@ from narrowcast.diagnosis.judge import findings_of
 from narrowcast.diagnosis.snapshot import Snapshot
 from narrowcast.diagnosis.subject import Subject
 from narrowcast.diagnosis.updates import holding_matrices, lost_updates
+from narrowcast.diagnosis.verdict import in_steps
 from narrowcast.errors import NarrowcastError, UsageError
 from narrowcast.plan import Plan
 from narrowcast.randomness import isolated, restore_random_state
@@ -32,6 +33,7 @@ _SEEN_FROM_OUTSIDE: tuple[Kind, ...] = (
     "backward overflow",
     "backward underflow",
     "scale too low",
+    "scale too high",
     "scale thrashing",
 )
 
@@ -43,16 +45,26 @@ class Outcome:
     works: bool
     words: str
     findings: tuple[Finding, ...] = ()
+    ran: bool = True
+    """False where the plan cannot be, or the training raises under it."""
 
 
 class Stage:
     """The kept steps of a failing training, on which plans are tried; `calls` counts them.
 
-    `accused` is the finding that is to go away.
+    `accused` is the finding that is to go away; `is_off` as in `judge.findings_of`.
     """
 
-    def __init__(self, subject: Subject, snapshots: Sequence[Snapshot], accused: Finding) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        snapshots: Sequence[Snapshot],
+        accused: Finding,
+        *,
+        is_off: bool = False,
+    ) -> None:
         self.subject = subject
+        self.is_off = is_off
         self.snapshots = tuple(snapshots)
         self.accused = accused
         self.calls = 0
@@ -60,7 +72,7 @@ class Stage:
 
     def with_more(self, snapshots: Sequence[Snapshot]) -> Stage:
         """Return a stage on which these steps have to work as well; its calls count on."""
-        more = Stage(self.subject, (*self.snapshots, *snapshots), self.accused)
+        more = Stage(self.subject, (*self.snapshots, *snapshots), self.accused, is_off=self.is_off)
         more.calls = self.calls
         more._references = self._references
         return more
@@ -77,12 +89,12 @@ class Stage:
                 return self._try_updates(plan)
             return self._try_steps(plan, scale, look=look)
         except UsageError as error:
-            return Outcome(works=False, words=f"cannot be: {error.message}")
+            return Outcome(works=False, words=f"cannot be: {error.message}", ran=False)
         except NarrowcastError as error:
-            return Outcome(works=False, words=error.message.partition("\n")[0])
+            return Outcome(works=False, words=error.message.partition("\n")[0], ran=False)
 
     def _try_steps(self, plan: Plan, scale: float | None, *, look: bool) -> Outcome:
-        look = look or self.accused.kind not in _SEEN_FROM_OUTSIDE
+        look = look or self.is_off or self.accused.kind not in _SEEN_FROM_OUTSIDE
         evidence = [self._evidence(plan, each, scale, look=look) for each in self.snapshots]
         # One scale has to serve all of them.
         lowest = min(each.low.scale for each in evidence)
@@ -91,7 +103,7 @@ class Stage:
                 each if each.low.scale == lowest else self._evidence(plan, kept, lowest, look=look)
                 for each, kept in zip(evidence, self.snapshots, strict=True)
             ]
-        return _outcome(evidence)
+        return _outcome(evidence, is_off=self.is_off)
 
     def _evidence(
         self, plan: Plan, snapshot: Snapshot, scale: float | None, *, look: bool
@@ -111,7 +123,8 @@ class Stage:
             return Outcome(works=True, words="all weights are stored in fp32: no update is lost")
         arrived = [each.weight.carried for step in metered for each in step if each.weight.carried]
         mean = sum(arrived) / len(arrived) if arrived else 0.0
-        return Outcome(works=True, words=f"{mean:.0%} of the updates arrive, on average")
+        over = f"on average over {updated} of them in {in_steps(len(metered))}"
+        return Outcome(works=True, words=f"{mean:.0%} of the updates arrive, {over}")
 
 
 def metered_step(subject: Subject, plan: Plan, snapshot: Snapshot) -> tuple[WeightUpdates, ...]:
@@ -125,10 +138,10 @@ def metered_step(subject: Subject, plan: Plan, snapshot: Snapshot) -> tuple[Weig
     return meter.updates
 
 
-def _outcome(evidence: Sequence[Evidence]) -> Outcome:
+def _outcome(evidence: Sequence[Evidence], *, is_off: bool) -> Outcome:
     """Judge all steps together."""
     loud = next((each for each in evidence if each.is_loud), None)
-    findings = tuple(finding for each in evidence for finding in findings_of(each))
+    findings = tuple(finding for each in evidence for finding in findings_of(each, is_off=is_off))
     if loud is not None:
         return Outcome(works=False, words=_failure(loud), findings=findings)
     if findings:

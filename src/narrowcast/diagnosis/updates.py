@@ -106,7 +106,7 @@ def _finding(name: str, moved: _Moved, share: float) -> Finding:
         explanation=(
             f"of {moved.updated} updates of the weights of {whose}, which are stored as "
             f"{moved.stored}, {share:.1%} changed nothing: they are smaller than half the distance "
-            f"to the next number. (Updates are {moved.ratio:.1e} of the weights' size.)"
+            f"to the next number. (Updates are at most {moved.ratio:.1e} of a parameter's size.)"
         ),
         figures={"lost": share, "updates": float(moved.updated), "update to weight": moved.ratio},
     )

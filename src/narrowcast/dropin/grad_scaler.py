@@ -314,11 +314,13 @@ class GradScaler(torch.amp.GradScaler):
 
     def _can_advance_unread(self) -> bool:
         """Whether the device knows all that moves the scale, and the host not yet."""
+        attempts = self._ledger.attempts
+        if not attempts or attempts[0][1].flags is None:
+            return False
         states = self._per_optimizer_states.values()
         return (
             self._rule.is_torch_rule
-            and bool(self._ledger.attempts)
-            and all(outcome.flags is not None for _, outcome in self._ledger.attempts)
+            and all(outcome.flags is not None for _, outcome in attempts)
             and all(state["stage"] is OptState.STEPPED for state in states)
         )
 
@@ -355,12 +357,16 @@ class GradScaler(torch.amp.GradScaler):
             if state["stage"] is not OptState.STEPPED:
                 reasons.add(self._reason_in(state))
         overflow = "gradient overflow" in reasons
-        scale, tracker = self._check_scale_growth_tracker("update")
-        if self._rule.is_torch_rule and (overflow or reasons <= {""}):
+        moves = overflow or reasons <= {""}
+        if moves and self._rule.is_torch_rule:
+            scale = self._scale
             super().update()
             if overflow or self._rule.ceiling < DynamicScale.ceiling:
+                assert scale is not None, "torch has just moved it"
                 scale.clamp_(self._rule.floor, self._rule.ceiling)
-        elif overflow or reasons <= {""}:
+            return
+        if moves:
+            scale, tracker = self._check_scale_growth_tracker("update")
             self._rule = self._value().after(finite=not overflow)
             scale.fill_(self._rule.scale)
             tracker.fill_(self._rule.good_steps)

@@ -25,7 +25,7 @@ One step, in pseudo-code, for losses l with scales s[l] (Micikevicius et al. 201
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from narrowcast.activations.rules import load_rounding_state, rounding_state
 from narrowcast.engine import gradients
+from narrowcast.engine.compiled import compiled, levers_beside
 from narrowcast.engine.evaluation import evaluation, evaluation_in_fp32
 from narrowcast.engine.lanes import Lane, StepReport
 from narrowcast.engine.levers import apply_levers
@@ -53,15 +54,13 @@ from narrowcast.engine.parts import (
     require_unclaimed,
     weight_formats,
 )
-from narrowcast.engine.stores import (
-    Masters,
-    fit_stores,
-    narrow_averages,
-    require_release_fits,
-)
+from narrowcast.engine.sharding import put_in_parts
+from narrowcast.engine.state import load_lanes, load_optimizers, require_boundary
+from narrowcast.engine.stores import Masters, fit_stores, narrow_averages, require_release_fits
 from narrowcast.engine.surroundings import Forward, Surroundings
 from narrowcast.errors import UnknownName, UsageError
 from narrowcast.parallel.peers import ALONE, Peers
+from narrowcast.parallel.shards import Shards
 from narrowcast.plan import Plan
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import backward_context, forward_context, prepare_model
@@ -89,11 +88,15 @@ class Engine:
     ``engine.backward(loss, "g")`` then writes gradients into parameters of optimizer "g" alone.
 
     `peers` are the other ranks that train the same weights: their losses are averaged as those of
-    micro-batches are, and a step is applied on all or on none.
+    micro-batches are, and a step is applied on all or on none. `compile` compiles the model's
+    calls with inductor, or with the backend of this name (``compiling``).
 
     Raises UsageError for parts that do not belong together, UnsupportedPrecision for a policy that
     the device cannot compute in.
     """
+
+    _shards: Shards | None = None
+    """This rank's part of the weights, where they are shared out."""
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class Engine:
         scale: AskedScale = None,
         max_consecutive_skips: SkipLimit = "auto",
         peers: Peers = ALONE,
+        compile: bool | str = False,  # noqa: A002 -- torch's own word
     ) -> None:
         require_numbers(accumulate, clip_norm, max_consecutive_skips)
         self.model = model
@@ -118,8 +122,7 @@ class Engine:
         require_unclaimed(model, self.plan)
         self._accumulate = accumulate * self.plan.micro_batches
         self._shares = self._accumulate * peers.size
-        self._clip_norm = clip_norm
-        self._limit = max_consecutive_skips
+        self._clip_norm, self._limit = clip_norm, max_consecutive_skips
         self._skips: list[SkippedStep] = []
         self._inside: str | None = None
         self._seeds = Seeds()
@@ -135,7 +138,7 @@ class Engine:
             *follow_weights(optimizers, before),
             *narrow_averages(ema),
         )
-        self.levers = apply_levers(model, self.plan)
+        self.levers = apply_levers(model, levers_beside(self.plan, compile))
         self._lanes = build_lanes(
             model,
             self.plan,
@@ -148,11 +151,12 @@ class Engine:
         )
         self._only = None if isinstance(optimizer, Mapping) else self._lanes[ONLY]
         kind = self.device.type
-        around_forward = Surroundings(self.policy, kind, forward_context(self.policy, kind))
-        self._forward = Forward(self, around_forward)
-        self._around_forward = around_forward
+        self._around_forward = Surroundings(self.policy, kind, forward_context(self.policy, kind))
+        self._forward = Forward(self, self._around_forward)
         self._around_backward = Surroundings(self.policy, kind, backward_context(self.policy, kind))
         self._around_step = Surroundings(self.policy, kind)
+        self.compiled, said = compiled(model, self.plan, compile, self.device, peers)
+        self.notes += said
         claim(model, self, self.plan)
 
     def forward(self) -> AbstractContextManager[None]:
@@ -225,6 +229,14 @@ class Engine:
             lane.has_forwarded = False
         return report if report.applied else self._record(lane, report)
 
+    def adopt(self, shards: Shards) -> None:
+        """Go on with this rank's part of each weight, before the first step.
+
+        Raises UsageError for an optimizer that needs whole parameters.
+        """
+        self._shards = shards
+        self._masters = put_in_parts(shards, self._lanes)
+
     def meets_next(self) -> bool:
         """Whether ranks add up gradients in the backward pass to come: it ends a step."""
         return all(lane.meets_next(self._accumulate) for lane in self._lanes.values())
@@ -257,7 +269,9 @@ class Engine:
         self._inside = "engine.evaluating()"
         try:
             if precision == "fp32":
-                with evaluation_in_fp32(target, self._masters.widen) as rewritten:
+                widen = self._masters.widen
+                cut = nullcontext() if self._shards is None else self._shards.widened(widen)
+                with cut, evaluation_in_fp32(target, widen) as rewritten:
                     yield "fp32"
                 self.restored += [name for name in rewritten if name not in self.restored]
             else:
@@ -265,6 +279,11 @@ class Engine:
                     yield self.policy.name
         finally:
             self._inside = None
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers by name."""
+        return {name: lane.optimizer for name, lane in self._lanes.items()}
 
     @property
     def skips(self) -> tuple[SkippedStep, ...]:
@@ -284,7 +303,12 @@ class Engine:
         return {loss: s.scale for loss, s in self._lane(name).scales.items()}
 
     def weights(self) -> dict[str, Any]:
-        """Return the model's state dict, with the fp32 masters of an optimizer that stores them."""
+        """Return the model's state dict, with the fp32 masters of an optimizer that stores them.
+
+        Of shards every rank has to ask, and rank 0 gets the whole.
+        """
+        if self._shards is not None:
+            return self._masters.whole_state(self.model, self._shards)
         return self._masters.state_of(self.model)
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
@@ -292,7 +316,7 @@ class Engine:
 
         Raises CheckpointError for names or shapes that are not the model's.
         """
-        self._require_boundary("load_weights")
+        require_boundary(self._lanes, self._accumulate, "load_weights")
         self._masters.load(self.model, state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -300,7 +324,7 @@ class Engine:
 
         Raises UsageError inside an accumulation: pending gradients are not saved.
         """
-        self._require_boundary("state_dict")
+        require_boundary(self._lanes, self._accumulate, "state_dict")
         return {
             "plan": to_json(self.plan),
             "lanes": {name: lane.state_dict() for name, lane in self._lanes.items()},
@@ -313,16 +337,10 @@ class Engine:
 
         Raises CheckpointError when policy, optimizers, schedulers or EMAs differ from the saved.
         """
-        self._require_boundary("load_state_dict")
+        require_boundary(self._lanes, self._accumulate, "load_state_dict")
         require_keys("state of the engine", saved, set(self.state_dict()))
         require_same_plan(self.plan, saved["plan"])
-        require_keys("state of the optimizers", saved["lanes"], set(self._lanes))
-        for name, lane in self._lanes.items():
-            require_keys(
-                f"state of optimizer {name!r}", saved["lanes"][name], set(lane.state_dict())
-            )
-        for name, lane in self._lanes.items():
-            lane.load_state_dict(saved["lanes"][name])
+        load_lanes(self._lanes, saved["lanes"])
         self._skips = [from_json(SkippedStep, skip) for skip in saved["skips"]]
         load_rounding_state(self.model, saved["roundings"])
 
@@ -331,9 +349,7 @@ class Engine:
 
         For an engine that is to evaluate, without the scheduler that the training had.
         """
-        require_keys("state of the optimizers", saved["lanes"], set(self._lanes))
-        for name, lane in self._lanes.items():
-            lane.optimizer.load_state_dict(saved["lanes"][name]["optimizer"])
+        load_optimizers(self._lanes, saved["lanes"])
 
     def _record(self, lane: Lane, report: StepReport) -> StepReport:
         """Write a skipped step into the ledger, and give up when there were too many in a row."""
@@ -379,13 +395,3 @@ class Engine:
             return self._only, name or _LOSS
         lane = self._lane(name if optimizer is None else optimizer)
         return lane, name or lane.name
-
-    def _require_boundary(self, what: str) -> None:
-        for lane in self._lanes.values():
-            if lane.source is not None:
-                raise UsageError(
-                    f"{what} in the middle of a step: gradients are pending in {lane.name!r} "
-                    f"({lane.micro_batches} of {self._accumulate} micro-batches closed)",
-                    hint="call it after engine.step() returned a complete report, or make one with "
-                    "engine.step(flush=True), or drop the gradients with engine.zero_grad()",
-                )

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from narrowcast.compiling import eagerly
 from narrowcast.policy import POLICIES
 from narrowcast.precision.cast import numeric_settings
 from narrowcast.precision.full_precision import Widen, full_precision
@@ -33,7 +34,10 @@ def evaluation(model: nn.Module, inside: AbstractContextManager[Given]) -> Itera
 
 @contextmanager
 def evaluation_in_fp32(model: nn.Module, widen: Widen) -> Iterator[list[str]]:
-    """Evaluate in full precision, TF32 off; yields what `full_precision` yields."""
+    """Evaluate in full precision, TF32 off; yields what `full_precision` yields.
+
+    A compiled model is not so meanwhile: the yardstick is the same for all.
+    """
     wide = full_precision(model, widen)
-    with numeric_settings(POLICIES["fp32"]), evaluation(model, wide) as rewritten:
+    with eagerly(model), numeric_settings(POLICIES["fp32"]), evaluation(model, wide) as rewritten:
         yield rewritten

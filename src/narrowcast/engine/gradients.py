@@ -17,6 +17,7 @@ from narrowcast.errors import UsageError
 from narrowcast.parallel.peers import Peers
 
 __all__ = [
+    "CLIP_EPSILON",
     "LARGEST_SURE_NORM",
     "WideSums",
     "Witness",
@@ -37,7 +38,7 @@ __all__ = [
 LARGEST_SURE_NORM = 3.38e38
 
 # torch.nn.utils.clip_grad_norm_ adds this to the norm before it divides; so do we, bit for bit.
-_CLIP_EPSILON = 1e-6
+CLIP_EPSILON = 1e-6
 
 # What torch.autograd.backward ends in, after 15 us of checks (a tenth of a smallest step; see
 # benchmarks/overhead.py) of what the engine has checked. It is private, so it may be missing.
@@ -154,7 +155,7 @@ def clip(gradients: list[Tensor], norms: tuple[Tensor, ...], limit: float) -> No
 
     The same operations as ``torch.nn.utils.clip_grad_norm_``, from the `norms` of each.
     """
-    coefficient = torch.clamp(limit / (_total(norms) + _CLIP_EPSILON), max=1.0)
+    coefficient = torch.clamp(limit / (_total(norms) + CLIP_EPSILON), max=1.0)
     torch._foreach_mul_(gradients, coefficient)
 
 

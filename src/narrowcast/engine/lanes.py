@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from narrowcast.engine import gradients
+from narrowcast.engine.guard import StepGuard
+from narrowcast.engine.views import View, Whole
 from narrowcast.errors import PrecisionError, UsageError
 from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.release import GradientRelease
@@ -30,7 +32,7 @@ from narrowcast.scaling.scales import (
     loss_scale_from_dict,
     loss_scale_to_dict,
 )
-from narrowcast.scaling.skips import SkipRow, nonfinite_parameters
+from narrowcast.scaling.skips import SkipRow
 
 __all__ = ["Followers", "Lane", "Progress", "StepReport"]
 
@@ -70,24 +72,6 @@ class Progress:
     """Skipped steps since the last applied one."""
 
 
-class _StepGuard:
-    """Optimizer hook: while gradients are pending, ``optimizer.step()`` is the engine's to call."""
-
-    __slots__ = ("is_armed", "name")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.is_armed = False
-
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.is_armed:
-            raise UsageError(
-                f"optimizer {self.name!r} was stepped while gradients of engine.backward were "
-                "pending: not yet unscaled, checked or clipped",
-                hint="call engine.step() instead of optimizer.step() or scaler.step(optimizer)",
-            )
-
-
 def _released(lane: Lane, optimizer: Optimizer) -> GradientRelease:
     """Step the optimizer's parameters during backward for as long as the lane lives."""
     assert isinstance(optimizer, NarrowOptimizer), "a plan that releases gradients has stores"
@@ -122,6 +106,7 @@ class Lane:
         self.scales: dict[str, LossScale] = {}
         """The scale of each loss seen so far."""
         self._names = names
+        self._view: View = Whole()
         self.source: str | None = None
         """The loss that wrote last into the open window; None when none is open."""
         self.scale = 1.0
@@ -138,9 +123,15 @@ class Lane:
         self._first_scale = first_scale
         self._norm_dtype = gradients.norm_dtype(optimizer)
         self._sums = None if wide_sums is None else gradients.WideSums(wide_sums)
-        self._guard = _StepGuard(name)
+        self._guard = StepGuard(name)
         optimizer.register_step_pre_hook(self._guard)
         self._release = _released(self, optimizer) if releases else None
+
+    def see(self, view: View, names: Callable[[], Mapping[int, str]]) -> None:
+        """Go on with another view of the gradients, since the parameters have become others."""
+        self._view = view
+        self._names = names
+        self._norm_dtype = gradients.norm_dtype(self.optimizer)
 
     def scale_of(self, source: str) -> float:
         """Return the scale of a loss, which begins with its first backward pass."""
@@ -202,6 +193,7 @@ class Lane:
         """Record a finished backward pass; `loss` is what it started from, before scaling."""
         self._losses.append((source, loss.detach()))
         self.backwards += 1
+        self._view.take(self.optimizer)
         if self._sums is not None:
             self._sums.add(self.optimizer)
         self._witness.choose(self.optimizer)
@@ -224,6 +216,7 @@ class Lane:
                 "pass of the last micro-batch",
                 hint="give every step all of its micro-batches",
             )
+        self._view.meet(self.optimizer)
         pending = self._pending()
         if self._release is not None and self._release.arrived:
             return self._close_released(self._release, pending)
@@ -236,15 +229,16 @@ class Lane:
         if factor != 1.0:
             gradients.scale(pending, factor)
         norms = gradients.norms(pending, self._norm_dtype)
-        norm = gradients.read_total(norms)
-        if self._peers.any(not norm <= gradients.LARGEST_SURE_NORM):
+        norm = self._view.norm(self.optimizer, norms)
+        # The same on every rank: the norm of the same sums, or what ranks told each other of parts.
+        if not norm <= gradients.LARGEST_SURE_NORM:
             exact = gradients.exact_norms(pending)
             if self._peers.any(exact is None) or exact is None:
                 return self._skip(norm)
-            norms, norm = exact, gradients.read_total(exact)
+            norms, norm = exact, self._view.norm(self.optimizer, exact)
         # Leaves room for rounding: where the coefficient comes out as 1, it changes nothing.
         if clip_norm is not None and norm + 1e-6 > 0.99 * clip_norm:
-            gradients.clip(pending, norms, clip_norm)
+            self._view.clip(pending, norms, norm, clip_norm)
         self._hand_over()
         self._apply()
         return self._applied(norm)
@@ -329,7 +323,7 @@ class Lane:
             step=progress.tried,
             loss_scale=scale.scale,
             gradient_norm=norm,
-            parameters=nonfinite_parameters(self.optimizer, self._names()),
+            parameters=self._view.nonfinite(self.optimizer, self._names()),
             loss=source,
         )
 
@@ -349,6 +343,7 @@ class Lane:
     def discard(self) -> None:
         """Drop the window: gradients become None, as after ``zero_grad(set_to_none=True)``."""
         gradients.discard(self.optimizer)
+        self._view.discard()
         if self._sums is not None:
             self._sums.discard()
         if self._release is not None and self._release.arrived:

@@ -1,4 +1,4 @@
-"""What a plan changes in a model beside its precision: activation levers and chunked logits.
+"""What a plan changes in a model beside its formats: activation levers, chunked logits, fp8 layers.
 
 A named plan asks for "the repeated blocks", "all norms" and "the head" of whatever model it is
 given. Where a model has none, that part of the plan is left out and said so: the notes are printed
@@ -17,8 +17,9 @@ from narrowcast.activations.blocks import repeated_blocks
 from narrowcast.activations.norms import narrow_norms
 from narrowcast.activations.rules import apply_rules, remove_rules, unused_levers
 from narrowcast.errors import UsageError
-from narrowcast.loss.heads import ChunkedLogits, chunked_logits
+from narrowcast.loss.heads import ChunkedLogits, chunked_logits, known_head
 from narrowcast.plan import AUTO_BLOCKS, EVERYWHERE, ActivationRule, Plan
+from narrowcast.precision.float8 import convert_linears, restore_linears
 
 __all__ = ["Levers", "apply_levers", "remove_levers"]
 
@@ -67,6 +68,7 @@ def apply_levers(model: nn.Module, plan: Plan) -> Levers:
     Raises UsageError for rules that match nothing or exclude each other.
     """
     remove_levers(model)
+    converted = convert_linears(model, plan.policy, head=known_head(model))
     rules, notes = _rules_for(model, plan)
     applied = apply_rules(model, rules, plan.policy)
     notes += [
@@ -83,11 +85,12 @@ def apply_levers(model: nn.Module, plan: Plan) -> Levers:
             if plan.loss == "chunked":
                 raise
             notes.append(f"loss: whole, since {error.message}")
-    return Levers(model=model, rules=rules, chunked=chunked, notes=tuple(notes))
+    return Levers(model=model, rules=rules, chunked=chunked, notes=(*converted, *notes))
 
 
 def remove_levers(model: nn.Module) -> None:
     """Take off what an earlier engine put on."""
+    restore_linears(model)
     remove_rules(model)
     handle = _CHUNKED.pop(model, None)
     if handle is not None:

@@ -98,6 +98,7 @@ def _preparation(plan: Plan) -> tuple[object, ...]:
     return (
         plan.policy.param,
         plan.policy.keep_fp32,
+        plan.policy.linears,
         plan.gradients,
         plan.activations,
         plan.loss,
@@ -221,7 +222,7 @@ def build_lanes(
             followers=_followers(each, schedulers.get(name), emas.get(name), model),
             names=lambda: {id(p): name for name, p in model.named_parameters()},
             first_scale=lambda source: _first_scale(source, policy, scale),
-            wide_sums=reduce if narrow and accumulate > 1 else None,
+            wide_sums=reduce if narrow and accumulate > 1 and not peers.cuts else None,
             releases=plan.gradients == "release",
             peers=peers,
         )

@@ -19,6 +19,7 @@ from narrowcast.optim.convert import narrowed
 from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.release import require_compatible
 from narrowcast.parallel.peers import Peers
+from narrowcast.parallel.shards import Shards
 from narrowcast.plan import OWN, Plan
 from narrowcast.precision.cast import kept_parameters
 
@@ -59,6 +60,32 @@ class Masters:
                     shared[id(parameter)] = owner.master(parameter)
                 weights[name] = shared[id(parameter)]
         return weights
+
+    def whole_state(self, model: nn.Module, shards: Shards) -> dict[str, Any]:
+        """Return what `state_of` would of a model that is not cut, on rank 0; {} on the others.
+
+        Every rank has to ask. Parameters are gathered one at a time, and kept on the CPU.
+        """
+        found: dict[str, Any] = {}
+        for name, value in model.state_dict(keep_vars=True).items():
+            piece = shards.named.get(name)
+            if piece is None:
+                found[name] = self._uncut(value)
+            elif piece.name in found:
+                found[name] = found[piece.name]
+            else:
+                narrow = piece.own.element_size() < 4 and id(piece.own) in self._owners
+                own = self.widen(piece.own) if narrow else piece.own.detach()
+                whole = shards.whole(piece, own)
+                found[name] = whole.cpu() if shards.is_main else whole.new_empty(0)
+        return found if shards.is_main else {}
+
+    def _uncut(self, value: Any) -> Any:
+        """Return the master of a parameter, and whatever else a model's state holds as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        is_narrow = id(value) in self._owners and value.element_size() < 4
+        return self.widen(value) if is_narrow else value.detach()
 
     def load(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Load a state dict into the model, and its weights in full into the stores.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from narrowcast.scaling.skips import (
 __all__ = ["FiniteCheck", "Flags", "HostScaler"]
 
 _CPU = torch.device("cpu")
+_STRIDED = torch.strided
 Kind = tuple[torch.device, torch.dtype]
 _CHECKED = (torch.float32, torch.float16, torch.bfloat16)
 """What torch's operation takes on every device; wider numbers are looked at otherwise."""
@@ -83,7 +83,10 @@ class FiniteCheck:
 
     def scale(self, outputs: Any) -> Any:
         """Return the outputs as they are, and hold them: a skipped step is asked for its loss."""
-        return self._watch.passing(outputs)
+        if type(outputs) is not Tensor:
+            return self._watch.passing(outputs)
+        self._watch.hold(outputs)
+        return outputs
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Do nothing: gradients stand at their own scale."""
@@ -95,7 +98,7 @@ class FiniteCheck:
         """
         step = self._steps + 1
         flags = self._flags.raised(gradients.collect(optimizer))
-        if not any(flag.item() for flag in flags.values()):
+        if not any(flag.item() for flag in flags):
             self._last = StepOutcome(step)
             returned = optimizer.step(*args, **kwargs)
             return self._last if returned is None else returned
@@ -184,7 +187,7 @@ class HostScaler(GradScaler):
         if flags is None:
             flags = self._flags[id(optimizer)] = Flags()
         seen = flags.raised(pending)
-        self._per_optimizer_states[id(optimizer)]["seen_again"] = seen
+        self._per_optimizer_states[id(optimizer)]["seen_again"] = dict(enumerate(seen))
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Move the scale and count the step; raises PrecisionError for a hopeless row of skips."""
@@ -196,9 +199,16 @@ class HostScaler(GradScaler):
 
 def _dense(optimizer: Optimizer) -> list[Tensor]:
     """List the gradients, or nothing if one of them is sparse."""
-    found = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    pending = [gradient for gradient in found if gradient is not None]
-    return pending if all(g.layout is torch.strided for g in pending) else []
+    found = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not _STRIDED:
+                return []
+            found.append(gradient)
+    return found
 
 
 class Flags:
@@ -209,26 +219,28 @@ class Flags:
     """
 
     def __init__(self) -> None:
-        self._flags: dict[Kind, Tensor] = {}
+        self._made: dict[Kind, tuple[Tensor, Tensor]] = {}
+        """For each kind its flag, and the 1 that gradients are multiplied by."""
 
-    def raised(self, pending: list[Tensor]) -> dict[Kind, Tensor]:
+    def raised(self, pending: list[Tensor]) -> list[Tensor]:
         """Return a flag for each kind of gradient, up if an element is not finite."""
-        raised = {}
-        for alike in _alike(pending):
-            kind = alike[0].device, alike[0].dtype
+        return [self._of(alike) for alike in _alike(pending)]
+
+    def _of(self, alike: list[Tensor]) -> Tensor:
+        kind = alike[0].device, alike[0].dtype
+        made = self._made.get(kind)
+        if made is None:
             if kind[1] not in _CHECKED:
-                raised[kind] = (~gradients.all_finite(alike)).float()
-                continue
-            flag = self._flags.get(kind)
-            if flag is None:
-                flag = self._flags[kind] = torch.zeros((), device=kind[0])
-            torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, _one(kind[0]))
-            raised[kind] = flag
-        return raised
+                return (~gradients.all_finite(alike)).float()
+            made = torch.zeros((), device=kind[0]), torch.ones((), device=kind[0])
+            self._made[kind] = made
+        flag, one = made
+        torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, one)
+        return flag
 
     def lower(self) -> None:
         """Take the flags down for the next step."""
-        for flag in self._flags.values():
+        for flag, _ in self._made.values():
             flag.zero_()
 
 
@@ -237,14 +249,12 @@ def _alike(pending: list[Tensor]) -> Collection[list[Tensor]]:
     if not pending:
         return ()
     dtype, device = pending[0].dtype, pending[0].device
-    if all(g.dtype is dtype and g.device == device for g in pending):
+    for g in pending:
+        if g.dtype is not dtype or g.device != device:
+            break
+    else:
         return (pending,)
     kinds: dict[Kind, list[Tensor]] = {}
     for gradient in pending:
         kinds.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     return kinds.values()
-
-
-@lru_cache(maxsize=16)
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)

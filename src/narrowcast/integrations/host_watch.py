@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from narrowcast.compiling import is_compiled
 from narrowcast.dropin.grad_scaler import GradScaler
 from narrowcast.errors import UsageError
 from narrowcast.integrations.finite_check import FiniteCheck
 from narrowcast.records.diagnosis import ModuleRange
 from narrowcast.scaling.scales import DynamicScale
 from narrowcast.scaling.skips import StepOutcome
-from narrowcast.watch.boundaries import Boundaries, is_compiled
+from narrowcast.watch.boundaries import Boundaries
 from narrowcast.watch.failure import LossLevel, Symptom, skip_symptom
 from narrowcast.watch.locate import BadBorder
 

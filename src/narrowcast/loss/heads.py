@@ -27,7 +27,7 @@ from narrowcast.loss.cross_entropy import CHUNK_BYTES, compute_format
 from narrowcast.loss.deferred import DeferredLogits, Record
 from narrowcast.loss.forms import Form
 
-__all__ = ["ChunkedLogits", "chunked_logits"]
+__all__ = ["ChunkedLogits", "chunked_logits", "known_head"]
 
 # What heads are called in nanoGPT, timm, torchtune, GPT-NeoX, fairseq and transformers.
 _NAMES = ("head", "lm_head", "output", "embed_out", "output_projection", "unembed", "decoder")
@@ -106,6 +106,14 @@ def chunked_logits(
             f"the logits of {name!r} are deferred already", hint="remove() the first handle"
         )
     return ChunkedLogits(name, module, Record(chunk_bytes=chunk_bytes))
+
+
+def known_head(model: nn.Module) -> nn.Module | None:
+    """Return the head that `chunked_logits` would find by itself; None if it would find none."""
+    try:
+        return _head_of(model, None)[1]
+    except UsageError:
+        return None
 
 
 def _head_of(model: nn.Module, head: str | nn.Module | None) -> tuple[str, nn.Module]:

@@ -17,7 +17,7 @@ Limitations are in docs/memory-ledger.md.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -30,6 +30,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from narrowcast.compiling import eagerly, is_compiled
 from narrowcast.errors import UsageError
 from narrowcast.memory.attribution import (
     Moment,
@@ -87,6 +88,11 @@ class MemoryLedger:
         for tensor in tensors_in(batch):
             self._book.claim(tensor, Role.INPUT, "(inputs)")
 
+    def gradients(self, tensors: Iterable[Tensor]) -> None:
+        """Register what gradients lie in that no parameter shows between two steps: buckets."""
+        for tensor in tensors:
+            self._book.claim(tensor, Role.GRADIENT, "(buckets)")
+
     def __enter__(self) -> MemoryLedger:
         if self._state != "new":
             raise UsageError("this MemoryLedger has measured already", hint="make a new one")
@@ -105,7 +111,8 @@ class MemoryLedger:
                 # The hooks of all modules (in ModuleTrace) do not show keyword arguments.
                 called = self._model.register_forward_pre_hook(self._called, with_kwargs=True)
                 stack.callback(called.remove)
-            stack.enter_context(_observed_resizes(self._book))
+                stack.enter_context(eagerly(self._model))
+            stack.enter_context(_observed_resizes(self._resized))
             stack.enter_context(self._trace)
             stack.enter_context(self._gradients)
             pre = register_optimizer_step_pre_hook(self._before_optimizer)
@@ -231,7 +238,15 @@ class MemoryLedger:
                 for tensor in tensors_in(optimizer.state.get(parameter, {})):
                     self._book.claim(tensor, Role.OPTIMIZER, owner)
 
-    def _module_called(self, arguments: Any, *, outermost: bool) -> None:
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        self._book.resized(storage, self._trace.current(backward=in_backward()))
+
+    def _module_called(
+        self, arguments: Any, *, outermost: bool, module: nn.Module | None = None
+    ) -> None:
+        if module is not None:  # FSDP2 has put whole weights in the place of shards
+            for parameter in module.parameters(recurse=False):
+                self._book.claim(parameter, Role.PARAMETER, self._trace.name_of(module))
         if in_backward():
             return
         self._watch.phase = FORWARD
@@ -260,6 +275,11 @@ class MemoryLedger:
         self._claim_optimizer(optimizer)
 
     def _notes(self, held: dict[Holding, int], peak: Moment) -> Iterator[str]:
+        if self._model is not None and is_compiled(self._model):
+            yield (
+                "the model is compiled, and ran uncompiled while it was measured: compiled code "
+                "allocates where no ledger looks, and takes another amount"
+            )
         if self._allocator:
             beyond = self._allocator["allocated"] - peak.bytes
             yield (
@@ -283,14 +303,14 @@ class MemoryLedger:
 
 
 @contextmanager
-def _observed_resizes(book: StorageBook) -> Iterator[None]:
+def _observed_resizes(note: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
     """Note ``UntypedStorage.resize_``, which frees and regrows memory without any operation."""
     original = torch.UntypedStorage.resize_
 
     @wraps(original)
     def resize_(storage: torch.UntypedStorage, size: int) -> None:
         original(storage, size)
-        book.resized(storage)
+        note(storage)
 
     torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
     try:

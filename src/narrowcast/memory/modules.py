@@ -55,8 +55,8 @@ class _Ranges:
 class ModuleTrace:
     """Follows module calls while entered; ``current()`` names the innermost module at work.
 
-    `on_call(arguments, outermost=...)` is called before each forward; before that, `on_new(module)`
-    if no `learn` has named the module.
+    `on_call(arguments, outermost=..., module=...)` is called before each forward; before that,
+    `on_new(module)` if no `learn` has named the module.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class ModuleTrace:
         if module not in self._names:
             self.learn(module)
             self._on_new(module)
-        self._on_call(arguments, outermost=not self._stack)
+        self._on_call(arguments, outermost=not self._stack, module=module)
         self._stack.append(self._names[module])
         self._cut()
 

@@ -103,7 +103,9 @@ def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         for name in flatten()[0]:
-            yield from storages_of(getattr(tensor, name))
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):  # a DTensor lists its mesh as well
+                yield from storages_of(part)
     elif tensor.layout is torch.strided:
         yield tensor.untyped_storage()
     else:
@@ -190,11 +192,20 @@ class StorageBook:
             holding.reference = None
         self._live.clear()
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        """Note the new size of a storage that was resized in place, if it is known."""
+    def resized(self, storage: torch.UntypedStorage, module: str) -> None:
+        """Note the new size of a storage that was resized in place.
+
+        One that nobody knows and that has bytes now is new memory, however old the tensor: FSDP2
+        empties what it gathered and fills it again.
+        """
+        if not self._open:
+            return
         holding = self._live.get(storage._cdata)
-        if holding is not None and self._open:
+        if holding is not None:
             self._change(holding, storage.nbytes())
+        elif storage.nbytes() and storage.device.type in (self.device.type, "meta"):
+            self._read.pop(storage._cdata, None)
+            self._see_storage(storage, Role.TEMPORARY, module)
 
     def expect(self, old: Holding, new: Holding, amend: Callable[[int], None]) -> None:
         """Take `new`, made by the last operation, for `old`, if that goes before `settle`.

@@ -22,10 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensor  # has no public name
 from narrowcast.kernels.launch import HAS_TRITON, RULES, Launch, Row, Table, launch, table_of
 from narrowcast.optim.layout import is_dense, layout_of
 from narrowcast.optim.loading import STEP
+from narrowcast.optim.parts import part_of
 from narrowcast.optim.rule import Rule
 from narrowcast.optim.step import Item, Numbers, update
 from narrowcast.optim.weights import REMAINDER
-from narrowcast.rounding import step_key
+from narrowcast.rounding import mix, step_key
 
 __all__ = [
     "Kind",
@@ -193,7 +194,19 @@ def _row(item: Item) -> Row:
     parameter = item.parameter
     m, m_scales, v, v_scales = parts
     numel = parameter.numel()
-    return parameter.data_ptr(), remainder, m, m_scales, v, v_scales, numel, item.ordinal
+    return parameter.data_ptr(), remainder, m, m_scales, v, v_scales, numel, _ordinal(item)
+
+
+def _ordinal(item: Item) -> int:
+    """Return what makes an item's noise its own: of parts of one parameter, each another.
+
+    The kernel counts elements from the beginning of what it is given, where the reference counts
+    them from that of the whole: their noise for parts differs.
+    """
+    part = part_of(item.parameter)
+    if part is None or part.start == 0:
+        return item.ordinal
+    return (item.ordinal + mix(part.start)) & 0x7FFFFFFF
 
 
 def _entry(item: Item) -> tuple[Tensor, int, dict[str, Any], tuple[tuple[str, Tensor], ...]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from narrowcast.errors import UsageError
 from narrowcast.optim.layout import Layout, flat_range, layout_of
+from narrowcast.optim.parts import whole_numel
 from narrowcast.optim.rule import Rule
 from narrowcast.optim.states import (
     FP32,
@@ -170,8 +171,8 @@ def adapted_entry(
     if remainder is not None:
         entry[REMAINDER] = remainder
     layout = layout_of(parameter)
-    states = fitted(pair.states, parameter.numel())
-    source = fitted(pair.saved_states, parameter.numel())
+    states = fitted(pair.states, whole_numel(parameter))
+    source = fitted(pair.saved_states, whole_numel(parameter))
     found = False
     for moment in moments:
         value = _value(parameter, saved, source, moment)

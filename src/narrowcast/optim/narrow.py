@@ -22,6 +22,7 @@ from narrowcast.optim.dispatch import Routine, advance, can_defer, repeat
 from narrowcast.optim.layout import Layout, layout_of
 from narrowcast.optim.loading import KEEP_FP32, LAYOUT, STEP, adapted, in_order, shield, store_of
 from narrowcast.optim.masters import read_master, write_master
+from narrowcast.optim.parts import whole_numel
 from narrowcast.optim.ranks import agree, are_several
 from narrowcast.optim.rule import Rule
 from narrowcast.optim.soundness import (
@@ -245,7 +246,7 @@ class NarrowOptimizer(Optimizer):
                 weights = store_of(group, position)
                 gradient = dense_gradient(parameter)
                 state = self.state[parameter]
-                states = fitted(asked, parameter.numel())
+                states = fitted(asked, whole_numel(parameter))
                 layout = layout_of(parameter)
                 require_held(parameter, state, weights, states, moments)
                 is_fresh = _prepare(state, parameter, states, moments, layout)
@@ -315,7 +316,7 @@ class NarrowOptimizer(Optimizer):
                 name=names[position] if (names := group.get("param_names")) else None,
                 shape=tuple(p.shape),
                 weights=store_of(group, position).name,
-                states=fitted(state_store(group["states"]), p.numel()).name,
+                states=fitted(state_store(group["states"]), whole_numel(p)).name,
                 nbytes=p.nbytes
                 + sum(t.nbytes for t in self.state.get(p, {}).values() if isinstance(t, Tensor)),
             )

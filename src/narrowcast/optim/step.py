@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from narrowcast.optim.layout import Layout, flat_range, scatter
+from narrowcast.optim.parts import part_of
 from narrowcast.optim.rule import Coefficients, Rule
-from narrowcast.optim.states import SMALL, Moment, StateStore
+from narrowcast.optim.states import SMALL, Moment, Plain, StateStore
 from narrowcast.optim.weights import REMAINDER, WeightStore
 from narrowcast.rounding import NOISE_TILE, noise16, stream_key, tensor_key
 
@@ -102,7 +103,8 @@ def update(rule: Rule, items: Sequence[Item]) -> None:
     small: dict[tuple[int, torch.dtype, torch.device], list[Item]] = {}
     for item in items:
         numel = item.parameter.numel()
-        if 0 < numel < SMALL:
+        # Codes of several tensors laid together would share blocks.
+        if 0 < numel < SMALL and isinstance(item.numbers.states, Plain):
             key = id(item.numbers), item.gradient.dtype, item.parameter.device
             small.setdefault(key, []).append(item)
         else:
@@ -189,6 +191,8 @@ def _noise(parts: list[_Part], stream: int) -> Tensor:
     for part in parts:
         numbers = part.item.numbers
         key = stream_key(tensor_key(numbers.seed, numbers.step, part.item.ordinal), stream)
+        piece = part_of(part.item.parameter)
+        start = part.start if piece is None else piece.start + part.start
         count = part.stop - part.start
-        found.append(noise16(key, part.start, count, part.item.parameter.device))
+        found.append(noise16(key, start, count, part.item.parameter.device))
     return found[0] if len(found) == 1 else torch.cat(found)

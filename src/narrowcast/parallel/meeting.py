@@ -74,7 +74,9 @@ class Meeting:
         rank = self.world.rank
         self._notes.set(f"facts/{rank}", json.dumps(dict(facts), sort_keys=True, default=str))
         if rank:
-            self._wait_for("agreed")
+            self._wait_for("facts/0")
+            # Rank 0 waits from now on for as long as the limit, and is to be the one that says so.
+            self._wait_for("agreed", patience_s=_GRACE_S)
             return
         deadline = time.monotonic() + self.world.limit_s
         mine = json.loads(self._wait_for("facts/0"))
@@ -162,8 +164,8 @@ class Meeting:
         except (RuntimeError, OSError):
             return None
 
-    def _wait_for(self, name: str) -> str:
-        text = self._await(name, time.monotonic() + self.world.limit_s)
+    def _wait_for(self, name: str, *, patience_s: float = 0.0) -> str:
+        text = self._await(name, time.monotonic() + self.world.limit_s + patience_s)
         if text is None:
             raise ParallelError(
                 f"rank {self.world.rank} waited {self.world.limit_s:g} s for rank 0",

@@ -34,6 +34,7 @@ class Alone:
     size = 1
     is_main = True
     kind = ""
+    cuts = False
 
     def any(self, flag: bool, /) -> bool:  # noqa: FBT001 -- a question
         return flag
@@ -68,7 +69,9 @@ class Ranks:
         self.size = meeting.world.size
         self.is_main = meeting.world.is_main
         self.kind = kind
-        """How the ranks share the work: "ddp"."""
+        """How the ranks share the work: "ddp" or "fsdp2"."""
+        self.cuts = kind == "fsdp2"
+        """Whether a rank holds a part of each weight, so that computing takes all of them."""
         self.before_parting: list[Callable[[], None]] = []
         """What is to be let go of while the process group is still there."""
         self._meeting = meeting
@@ -93,10 +96,14 @@ class Ranks:
 
     def mean(self, number: float) -> float:
         """Return the mean over the ranks, summed in their order in fp64."""
-        own = torch.tensor(number, dtype=torch.float64)
+        return sum(each[0] for each in self.each([number])) / self.size
+
+    def each(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return every rank's numbers, as fp64, in the order of the ranks."""
+        own = torch.tensor(numbers, dtype=torch.float64)
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, group=self._control)
-        return float(sum(each.item() for each in found) / self.size)
+        return [rank.tolist() for rank in found]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Make each tensor its sum over the ranks, in its own dtype, bucket after bucket.

@@ -16,6 +16,7 @@ place in a bucket, so that a resumed run could not be exact.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from narrowcast.errors import UsageError
+from narrowcast.parallel.buffers import SharedBuffers
 from narrowcast.parallel.peers import Ranks
 
 __all__ = ["LossFunction", "Replicas"]
@@ -60,10 +62,10 @@ class Replicas:
         """`reduce` is the format of sums; `meets` says if the pass to come ends a step."""
         _require_dense(model)
         self._meets = meets
-        self._ranks = ranks
-        self._shared = _marks(model)
+        self._buffers = SharedBuffers(model, ranks)
         self._loss = _Loss(model, compute_loss)
         self._reduce = reduce
+        self._buckets: dict[int, Tensor] = {}
         self._ddp = self._wrapped()
         ranks.before_parting.append(self._let_go)
 
@@ -78,38 +80,34 @@ class Replicas:
             self._ddp = self._wrapped()
 
     def _wrapped(self) -> DistributedDataParallel:
-        ddp = DistributedDataParallel(
+        with warnings.catch_warnings():
+            # Its new name, init_sync_buffers, is not there yet (torch 2.13).
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            ddp = self._ddp_as_it_should_be()
+        ddp.register_comm_hook(None, _summing(self._reduce, self._buckets))
+        return ddp
+
+    def _ddp_as_it_should_be(self) -> DistributedDataParallel:
+        return DistributedDataParallel(
             self._loss,
-            broadcast_buffers=False,  # see _share_buffers
+            broadcast_buffers=False,  # see ``buffers``
             init_sync=False,  # weights were compared: unequal ones are an error
             gradient_as_bucket_view=True,
             find_unused_parameters=True,
         )
-        ddp.register_comm_hook(None, _summing(self._reduce))
-        return ddp
+
+    def buckets(self) -> list[Tensor]:
+        """Return what gradients lie in; DDP shows it in a backward pass in which ranks meet."""
+        return list(self._buckets.values())
 
     def compute_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return this rank's loss; its backward pass adds up gradients if it ends a step."""
         meets = self._meets()
         self._ddp.require_backward_grad_sync = meets  # what DDP.no_sync() sets
         if meets:
-            self._share_buffers(model)
+            self._buffers.share()
         loss: Tensor = self._ddp(batch)
         return loss
-
-    def _share_buffers(self, model: nn.Module) -> None:
-        """Make buffers what they are on rank 0, as DDP does, but only those that were written to.
-
-        DDP sends all of them at every step, and knows fewer dtypes.
-        """
-        marks = _marks(model)
-        if not marks:
-            return
-        written = [mark not in self._shared for mark in marks]
-        somewhere = self._ranks.any_of_each(written)
-        chosen = [b for b, is_it in zip(model.buffers(), somewhere, strict=True) if is_it]
-        self._ranks.take_from_main(chosen)
-        self._shared = _marks(model)
 
     def _let_go(self) -> None:
         """Free DDP's reducer, so that it is not the last to hold the process group.
@@ -117,25 +115,27 @@ class Replicas:
         It would end the group's threads while it holds Python's lock, which one of them may be
         waiting for: both then wait for ever (seen with torch 2.13).
         """
+        self._buckets.clear()
         for name in ("reducer", "logger"):
             vars(self._ddp).pop(name, None)
 
 
-def _marks(model: nn.Module) -> list[tuple[int, int]]:
-    """Return what tells each buffer, and whether it was written to."""
-    return [(id(buffer), buffer._version) for buffer in model.buffers()]
-
-
 def _summing(
-    reduce: torch.dtype,
+    reduce: torch.dtype, buckets: dict[int, Tensor]
 ) -> Callable[[Any, GradBucket], torch.futures.Future[Tensor]]:
-    """Return the hook that makes a bucket its sum over the ranks, summed in a format."""
+    """Return the hook that makes a bucket its sum over the ranks, summed in a format.
+
+    What it is shown, it notes in `buckets`.
+    """
 
     def hook(_: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        own = bucket.buffer()
+        own = buckets[bucket.index()] = bucket.buffer()
         summed = own.to(reduce)
-        work = dist.all_reduce(summed, async_op=True)
-        assert work is not None
+        group = dist.group.WORLD
+        assert group is not None, "a backward pass outside of the group that DDP was made in"
+        work = group.allreduce(
+            [summed]
+        )  # dist.all_reduce without its checks
 
         def back(done: torch.futures.Future[Any]) -> Tensor:
             total: Tensor = done.value()[0]

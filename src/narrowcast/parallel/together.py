@@ -15,8 +15,8 @@ from narrowcast.parallel.world import world_from
 
 __all__ = ["KINDS", "Together", "together_in"]
 
-KINDS = ("ddp",)
-"""How ranks can share the work. ``ddp``: each holds the whole model."""
+KINDS = ("ddp", "fsdp2")
+"""How ranks can share the work. ``ddp``: each holds the whole model; ``fsdp2``: a part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,11 @@ class Together:
     def is_main(self) -> bool:
         """Whether this is rank 0, which alone prints and writes."""
         return self.meeting.world.is_main
+
+    @property
+    def cuts(self) -> bool:
+        """Whether each rank will hold a part of each weight."""
+        return self.kind == "fsdp2"
 
     def device_name(self, asked: str | None) -> str | None:
         """Return this rank's device: of GPUs, one for each rank of a machine."""

@@ -35,6 +35,10 @@ _COMPUTE = {
     "fp16": (2, "rounds products to fp16 under autocast; weights stay fp32, the loss is scaled"),
     "bf16": (2, "rounds products to bf16 under autocast; weights stay fp32"),
 }
+_LINEARS = {
+    "fp8": (2, "rounds the factors of linear layers' products to fp8, with a scale for each"),
+    "fp8-emulated": (2, "rounds as fp8 would, and takes longer than bf16: for results, not speed"),
+}
 _BF16_WEIGHTS = (3, "computes on bf16 weights, with bf16 activations and gradients")
 _WEIGHTS = {
     "fp32": (0, "keeps fp32 weights"),
@@ -89,6 +93,8 @@ def _effects(plan: Plan, *, batch_norm: bool) -> Iterator[tuple[AxisEffect, int]
     if loss:
         choice = f"{policy.compute} weights" if narrow else f"{policy.compute} autocast"
         yield _effect("precision", choice, loss, says)
+    if policy.linears != "compute":
+        yield _effect("linear layers", policy.linears, *_LINEARS[policy.linears])
     if plan.weights not in (OWN, "fp32"):
         yield _effect("weights", plan.weights, *_WEIGHTS[plan.weights])
     elif narrow:
@@ -143,12 +149,15 @@ def anonymous(plan: Plan) -> Plan:
 
     The policy is called after its formats, by which a user knows it.
     """
-    return replace(plan, name="candidate", policy=replace(plan.policy, name=_formats(plan.policy)))
+    formats = _formats(plan.policy)
+    policy = replace(plan.policy, name=formats)
+    return replace(plan, name=f"candidate {formats}", policy=policy)
 
 
 def _formats(policy: Policy) -> str:
     """Write in one word what is computed in, and whether weights are in it too."""
-    return f"{policy.compute}w" if policy.param == policy.compute != "fp32" else policy.compute
+    computes = policy.compute if policy.linears == "compute" else policy.linears
+    return f"{computes}w" if policy.param == policy.compute != "fp32" else computes
 
 
 def short(plan: Plan) -> str:

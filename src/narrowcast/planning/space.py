@@ -29,6 +29,7 @@ from narrowcast.plan import (
 from narrowcast.planning.axes import NORMS, named
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import prepare_model
+from narrowcast.precision.float8 import what_it_saves
 from narrowcast.prediction.targets import Target
 from narrowcast.recipes.load import Recipe
 
@@ -71,10 +72,10 @@ def policies_for(target: Target, precisions: Sequence[str]) -> tuple[Policy, ...
             "no precision was named, and one has to be chosen",
             hint="name some, such as --precisions fp32,bf16, or leave it at auto",
         )
-    found: dict[tuple[str, str], Policy] = {}
+    found: dict[tuple[str, str, str], Policy] = {}
     for name in _expanded(target, precisions):
         policy = target.plan(plan_named(name))[0].policy
-        found.setdefault((policy.param, policy.compute), policy)
+        found.setdefault((policy.param, policy.compute, policy.linears), policy)
     return tuple(found.values())
 
 
@@ -111,7 +112,7 @@ def space_of(
 
     `model` may have no contents. `release` and `offload` say whether these are to be considered.
     """
-    notes: list[str] = []
+    notes = [said for said in dict.fromkeys(map(what_it_saves, policies)) if said]
     batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     narrow = _has_stores(recipe, model, notes)
     return Space(
@@ -198,7 +199,8 @@ def candidates(space: Space) -> list[Plan]:
 def plain_plan(space: Space, rules: Rules = ()) -> Plan:
     """Return the plan of the first policy that changes nothing but its activations."""
     policy = space.policies[0]
-    return Plan(name="plain", policy=policy, activations=_with_norms(policy, rules))
+    name = f"plain {policy.name}"
+    return Plan(name=name, policy=policy, activations=_with_norms(policy, rules))
 
 
 def _with_norms(policy: Policy, rules: Rules) -> Rules:

@@ -172,7 +172,7 @@ class Speeds:
     def _plain(self, plan: Plan) -> Plan:
         """Return the plan without levers, but for the norms that its weights always have."""
         norms = tuple(rule for rule in plan.activations if rule in NORMS)
-        return replace(self._first, policy=plan.policy, activations=norms)
+        return replace(self._first, name=plan.name, policy=plan.policy, activations=norms)
 
     def note(self, plan: Plan, seconds: float) -> None:
         """Replace the estimate of a plan by what whole steps of it took."""

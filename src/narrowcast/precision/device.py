@@ -20,9 +20,10 @@ from torch import nn
 
 from narrowcast import __version__
 from narrowcast.errors import UnknownName, UnsupportedPrecision, UsageError
-from narrowcast.plan import Plan, plan_named
+from narrowcast.plan import PLANS, Plan, plan_named
 from narrowcast.policy import POLICIES, Policy
 from narrowcast.precision import speed
+from narrowcast.precision.float8 import CAPABILITY, require_torchao
 from narrowcast.records.device import DeviceRecord, FormatSpeed
 from narrowcast.records.run import Environment
 
@@ -41,7 +42,8 @@ __all__ = [
     "warnings_before_run",
 ]
 
-_FORMATS = ("fp32", "tf32", "fp16", "bf16")
+_FORMATS = ("fp32", "tf32", "fp16", "bf16", "fp8")
+_WITHOUT_CONVOLUTIONS = ("fp8",)
 # Below this a difference is not worth a word: two runs of one measurement differ by as much.
 _NOTABLE = 1.15
 # A format is ten times slower only for want of a kernel, as fp16 weight gradients are on CPUs.
@@ -106,6 +108,11 @@ def cuda_capabilities(version: tuple[int, int]) -> dict[str, Capability]:
         ),
         # Below 8.0 torch emulates bf16 through fp32: it runs, slowly, and saves memory only.
         "bf16": Capability(supported=ampere, native=ampere, why=f"{cc}; bf16 needs 8.0"),
+        "fp8": Capability(
+            supported=version >= CAPABILITY,
+            native=version >= CAPABILITY,
+            why=f"{cc}; fp8 needs {CAPABILITY[0]}.{CAPABILITY[1]}",
+        ),
     }
 
 
@@ -128,6 +135,7 @@ def _cpu_capabilities(features: Mapping[str, bool]) -> dict[str, Capability]:
         "tf32": Capability(supported=False, native=False, why="TF32 exists on CUDA devices only"),
         "fp16": sixteen_bits("fp16"),
         "bf16": sixteen_bits("bf16"),
+        "fp8": Capability(supported=False, native=False, why="fp8 exists on CUDA devices only"),
     }
 
 
@@ -143,11 +151,27 @@ def require(policy: Policy, device: torch.device) -> None:
                 f"({device}) cannot: {why}",
                 hint=f"this device can: {', '.join(possible)}; 'auto' chooses one and says why",
             )
+    if policy.linears == "fp8":
+        _require_fp8(policy, able["fp8"], device)
+
+
+def _require_fp8(policy: Policy, able: Capability, device: torch.device) -> None:
+    if not able.supported:
+        emulated = f"{policy.name}-emulated"
+        emulated = emulated if emulated in PLANS else "fp8-emulated"
+        raise UnsupportedPrecision(
+            f"precision {policy.name!r} multiplies in fp8, and {_device_name(device)} ({device}) "
+            f"cannot: {able.why}",
+            hint=f"--precision {emulated} shows what fp8 does to the result, without its speed; "
+            "bf16 is what this device can",
+        )
+    require_torchao(policy)
 
 
 def can(policy: Policy, able: Mapping[str, Capability]) -> bool:
     """Whether a device with these capabilities computes and keeps weights as the policy asks."""
-    return all(f in able and able[f].supported for f in (policy.compute, policy.param))
+    formats = (policy.compute, policy.param, *(("fp8",) if policy.linears == "fp8" else ()))
+    return all(f in able and able[f].supported for f in formats)
 
 
 def resolve_plan(name: str, device: torch.device) -> tuple[Plan, str]:
@@ -266,7 +290,7 @@ def measure_device(device: torch.device) -> DeviceRecord:
     start = time.perf_counter()
     able = capabilities(device)
     timings = {
-        f: _time(device, f, conv=True, patience_s=_DOCTORS_PATIENCE_S)
+        f: _time(device, f, conv=f not in _WITHOUT_CONVOLUTIONS, patience_s=_DOCTORS_PATIENCE_S)
         for f in _FORMATS
         if able[f].supported
     }
@@ -294,7 +318,7 @@ def measure_device(device: torch.device) -> DeviceRecord:
 def _format_speed(
     name: str, able: Capability, timing: _Timing | None, device: torch.device
 ) -> FormatSpeed:
-    if timing is None or timing.conv is None or timing.conv_fp32 is None:
+    if timing is None:
         return FormatSpeed(format=name, supported=False, native=False, why=able.why)
     reference = name == "fp32"  # measured twice, and equal to itself
     return FormatSpeed(
@@ -303,9 +327,13 @@ def _format_speed(
         native=able.native,
         matmul_gflops=speed.matmul_flops(device) / timing.matmul / 1e9,
         matmul_relative=1.0 if reference else timing.matmul_fp32 / timing.matmul,
-        conv_relative=1.0 if reference else timing.conv_fp32 / timing.conv,
+        conv_relative=1.0 if reference else _ratio(timing.conv_fp32, timing.conv),
         why=able.why,
     )
+
+
+def _ratio(fp32: float | None, other: float | None) -> float | None:
+    return None if fp32 is None or other is None else fp32 / other
 
 
 def environment(device: torch.device) -> Environment:

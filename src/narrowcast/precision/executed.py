@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # the only way to se
 
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import format_name
+from narrowcast.precision.float8 import product_label
 
 __all__ = ["ExecutedDtypes", "honoured"]
 
@@ -110,7 +111,7 @@ def _kind_of(func: Any) -> str | None:
     namespace, _, name = func._schema.name.partition("::")
     if name == "_to_copy":
         return "cast"
-    if name in _MOVES or func.is_view or namespace == "profiler":
+    if name in _MOVES or func.is_view or namespace in ("profiler", "prim"):
         return None
     stem = _ENDING.sub("", name)
     if stem in _MATMULS:
@@ -152,7 +153,14 @@ def _first_floating(values: Iterable[Any]) -> Tensor | None:
 
 
 def _product_format(kind: str, source: Tensor) -> str:
-    """Name the format of a product, telling TF32 from fp32 by the switch that decides."""
+    """Name the format of a product, telling TF32 from fp32 by the switch that decides.
+
+    Products of fp8 factors are "fp8", whichever of its formats each factor is in; what stands for
+    them is "fp8-emulated".
+    """
+    label = product_label(source) if kind == "matmul" else None
+    if label is not None:
+        return label
     if source.dtype == torch.float32 and source.device.type == "cuda" and kind in _HEAVY:
         switch = {"conv": "conv", "rnn": "rnn"}.get(kind, "matmul")
         uses_tf32 = torch._C._get_fp32_precision_getter("cuda", switch) == "tf32"
@@ -185,25 +193,37 @@ def honoured(
     if not heavy:
         return True, ("nothing to execute in low precision: no matrix product or convolution ran",)
     allowed = {policy.compute} | ({"fp32"} if policy.keep_fp32 else set())
+    fp8 = None if policy.linears == "compute" else policy.linears
+    if fp8 is not None:
+        allowed.add(fp8)
     failures = [
         f"{calls} of {sum(by.values())} {kind} calls executed in {name}, not in {policy.compute}"
         for kind, by in heavy.items()
         for name, calls in by.items()
         if name not in allowed
     ]
+    if fp8 is not None and not heavy.get("matmul", {}).get(fp8):
+        failures.append(f"no matrix product executed in {fp8}")
     if failures:
         failures += _likely_reason(policy, heavy)
     if policy.compute != "fp32":
         failures += [_in_vain(name, entry) for name, entry in (unused or {}).items()]
     if failures:
         return False, tuple(failures)
+    notes = () if fp8 is None else (_share(fp8, heavy["matmul"]),)
     kept = sum(by.get("fp32", 0) for by in heavy.values())
     if policy.compute == "fp32" or not policy.keep_fp32:
-        return True, ()
-    if not any(by.get(policy.compute) for by in heavy.values()):
+        return True, notes
+    if not any(by.get(name) for by in heavy.values() for name in allowed - {"fp32"}):
         return False, (f"all {kept} calls executed in fp32: keep_fp32 leaves nothing else",)
     modules = ", ".join(policy.keep_fp32)
-    return True, (f"{kept} calls executed in fp32, in modules that are kept so: {modules}",)
+    kept_so = f"{kept} calls executed in fp32, in modules that are kept so: {modules}"
+    return True, (*notes, kept_so)
+
+
+def _share(fp8: str, products: Mapping[str, int]) -> str:
+    """Say how many products the layers that multiply in fp8 made, of all."""
+    return f"{products[fp8]} of {sum(products.values())} matmul calls executed in {fp8}"
 
 
 def _in_vain(name: str, entry: str) -> str:

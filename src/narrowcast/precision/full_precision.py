@@ -33,6 +33,11 @@ Widen = Callable[[Tensor], Tensor]
 """Gives the fp32 values that a 16-bit tensor of a model stands for."""
 
 
+def _is_cut(tensor: Tensor) -> bool:
+    """Whether this is a rank's part of a weight (a DTensor), which is widened where it is gathered."""
+    return hasattr(tensor, "device_mesh")
+
+
 def _to_fp32(tensor: Tensor) -> Tensor:
     return tensor.data.to(torch.float32)
 
@@ -173,7 +178,7 @@ def full_precision(model: nn.Module, widen: Widen = _to_fp32) -> Iterator[list[s
         id(tensor): (path, module, slot, tensor)  # a shared weight once
         for path, module in model.named_modules()
         for slot, tensor in own_tensors(module)
-        if tensor.element_size() < 4
+        if tensor.element_size() < 4 and not _is_cut(tensor)
     }.values()
     hooks = [
         hook

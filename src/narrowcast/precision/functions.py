@@ -16,7 +16,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode  # the only way to see functions that are no modules
 
-from narrowcast.precision.islands import cast_nest, restore_autocast, switch_autocast_off
+from narrowcast.precision.islands import (
+    call_traced,
+    cast_nest,
+    restore_autocast,
+    switch_autocast_off,
+)
 
 __all__ = [
     "EnterFunctions",
@@ -25,6 +30,12 @@ __all__ = [
     "functions_in_force",
     "unused_functions",
 ]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name_of(func: Callable[..., Any]) -> str:
+    """Return what a function is called; torch.compile takes it as it is when it traces."""
+    return str(getattr(func, "__name__", "")).strip("_")
 
 
 class _InFp32(TorchFunctionMode):
@@ -41,10 +52,10 @@ class _InFp32(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        name = getattr(func, "__name__", "").strip("_")
+        name = _name_of(func)
         if name not in self.hook.entries or not self.hook.active:
-            return func(*args, **(kwargs or {}))
-        self.hook.called.add(name)
+            return call_traced(func, args, kwargs or {})
+        setattr(self.hook.called, name, True)
         states = switch_autocast_off()
         try:
             wide = cast_nest((args, kwargs or {}), torch.float32)
@@ -64,6 +75,10 @@ class _Modes(threading.local):
 _MODES = _Modes()
 
 
+class _Names:
+    """Names as attributes, which a graph can set and not read; torch.compile guards on a set."""
+
+
 class EnterFunctions:
     """Forward pre-hook: from here on the functions of these names are computed in fp32.
 
@@ -75,7 +90,7 @@ class EnterFunctions:
         self.entries = dict(entries)
         self.dtype = dtype
         self.active = True
-        self.called: set[str] = set()
+        self.called = _Names()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         mode = _InFp32(self)
@@ -124,5 +139,5 @@ def unused_functions(model: nn.Module) -> dict[str, str]:
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, EnterFunctions)
         for function, entry in hook.entries.items()
-        if function not in hook.called
+        if function not in vars(hook.called)
     }

@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map  # torch's only walker of nests; knows registered types
 
 __all__ = [
@@ -54,11 +56,15 @@ class CastOutputs:
         return cast_nest(output, self.dtype) if self.active else None
 
 
+AutocastStates = list[Any]
+"""By type of device whether autocast was on; inside of a graph the contexts to leave."""
+
+
 class _AutocastStates(threading.local):
     """Autocast states to return to, one per island that a thread is inside of."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, list[tuple[str, bool]]]] = []
+        self.stack: list[tuple[nn.Module, AutocastStates]] = []
 
 
 _STATES = _AutocastStates()
@@ -73,13 +79,12 @@ class EnterIsland:
 
     def __init__(self, entry: str) -> None:
         self.entry = entry
-        self.was_entered = False  # a flag and no count, which torch.compile would guard on
+        self.was_entered = False
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        if not self.was_entered:
-            self.was_entered = True
+        self.was_entered = True  # written, never read: torch.compile guards on what a graph reads
         _STATES.stack.append((module, switch_autocast_off()))
         return cast_nest(args, torch.float32), cast_nest(kwargs, torch.float32)
 
@@ -127,7 +132,12 @@ def unused_islands(model: nn.Module, is_read: Callable[[nn.Parameter], bool]) ->
     }
 
 
-def switch_autocast_off() -> list[tuple[str, bool]]:
+def switch_autocast_off() -> AutocastStates:
+    """Switch autocast off for all types of device; returns what `restore_autocast` takes."""
+    if torch.compiler.is_compiling():
+        mode = _Off()
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        return [mode]
     before = [(kind, torch.is_autocast_enabled(kind)) for kind in _DEVICE_TYPES]
     for kind, enabled in before:
         if enabled:
@@ -135,9 +145,41 @@ def switch_autocast_off() -> list[tuple[str, bool]]:
     return before
 
 
-def restore_autocast(states: list[tuple[str, bool]]) -> None:
-    for kind, enabled in states:
-        torch.set_autocast_enabled(kind, enabled)
+def restore_autocast(states: AutocastStates) -> None:
+    for state in reversed(states):
+        if isinstance(state, tuple):
+            torch.set_autocast_enabled(*state)
+        else:
+            state.__exit__(None, None, None)
+
+
+class _Off(TorchFunctionMode):
+    """Autocast off round every function: torch 2.11 can trace no switch, nor a context in parts."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return call_traced(func, args, kwargs or {})
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _method_of(func: Callable[..., Any]) -> str:
+    """Name a method of tensors that torch writes in Python; '' for every other function."""
+    name = getattr(func, "__name__", "")
+    return name if isinstance(func, FunctionType) and getattr(Tensor, name, None) is func else ""
+
+
+def call_traced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function that a mode was given, in a way that torch.compile can trace."""
+    # It knows such a method by its name, and breaks the graph inside of it (torch 2.13).
+    if torch.compiler.is_compiling() and (method := _method_of(func)):
+        return getattr(args[0], method)(*args[1:], **kwargs)
+    return func(*args, **kwargs)
 
 
 def cast_nest(nest: Any, dtype: torch.dtype) -> Any:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from narrowcast.policy import POLICIES
 from narrowcast.precision.cast import numeric_settings, torch_dtype
+from narrowcast.precision.float8 import FORWARD
 
 __all__ = ["conv_training_seconds", "matmul_flops", "matmul_seconds"]
 
@@ -47,8 +48,13 @@ def matmul_seconds(
 
 
 def _matmul(device: torch.device, format_name: str, size: int) -> Callable[[], object]:
-    a, b = (torch.ones(size, size, device=device).to(torch_dtype(format_name)) for _ in range(2))
-    return lambda: a @ b
+    dtype = torch_dtype(FORWARD if format_name == "fp8" else format_name)
+    a, b = (torch.ones(size, size, device=device).to(dtype) for _ in range(2))
+    if format_name != "fp8":
+        return lambda: a @ b
+    one = torch.ones((), device=device)
+    # The second factor of an fp8 product lies in memory column by column.
+    return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
 
 
 def conv_training_seconds(

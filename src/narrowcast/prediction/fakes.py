@@ -21,7 +21,7 @@ from narrowcast.optim.layout import is_dense
 from narrowcast.optim.masters import write_master
 from narrowcast.optim.states import SMALL
 
-__all__ = ["modules_of_fakes", "work_that_differs"]
+__all__ = ["modules_of_fakes", "replaced", "work_that_differs"]
 
 
 @contextmanager
@@ -57,14 +57,14 @@ def modules_of_fakes() -> Iterator[None]:
         register(module, name, param)
 
     with (
-        _replaced(nn.Module, _apply=apply, register_parameter=register_without_number),
-        _replaced(FakeTensor, __deepcopy__=_deep_copy, data_ptr=_address),
+        replaced(nn.Module, _apply=apply, register_parameter=register_without_number),
+        replaced(FakeTensor, __deepcopy__=_deep_copy, data_ptr=_address),
     ):
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+def replaced(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
     """Put functions in the place of an owner's own ones, or beside inherited ones."""
     own = {name: vars(owner)[name] for name in functions if name in vars(owner)}
     for name, function in functions.items():
@@ -141,10 +141,10 @@ def work_that_differs() -> Iterator[None]:
             advance(rule, parts)
 
     with (
-        _replaced(step, update=update_once, _part=make, _advance=go),
-        _replaced(dispatch, update=update_once),
-        _replaced(narrow, write_master=write),
-        _replaced(passes, blocks=_few_of_blocks()),
+        replaced(step, update=update_once, _part=make, _advance=go),
+        replaced(dispatch, update=update_once),
+        replaced(narrow, write_master=write),
+        replaced(passes, blocks=_few_of_blocks()),
     ):
         yield
 

@@ -24,9 +24,17 @@ from narrowcast.data import MapDataset, batch_len, to_device
 from narrowcast.engine.engine import Engine
 from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import RecipeError, UsageError
+from narrowcast.parallel.peers import Peers
 from narrowcast.plan import Plan
 from narrowcast.policy import Policy
 from narrowcast.prediction.advice import advise
+from narrowcast.prediction.sharding import (
+    assumed_of_ranks,
+    imagined_ranks,
+    notes_on_ranks,
+    sent_by,
+    shared,
+)
 from narrowcast.prediction.targets import Target, target_named
 from narrowcast.prediction.trace import Stage, explaining
 from narrowcast.profiling import Bench, as_plan, first_batch, notes_on
@@ -46,6 +54,8 @@ def predict_memory(
     *,
     device: str = "cpu",
     batch_size: int | None = None,
+    world: int | None = None,
+    parallel: str | None = None,
     options: Sequence[str] = (),
     seed: int = 0,
     break_even: bool = True,
@@ -54,6 +64,8 @@ def predict_memory(
 
     `options` are ``name=value`` for a recipe that is given by name or path. `device` is ``cpu`` or
     a GPU by name (``prediction.gpus``), which need not be there. `break_even` compares with fp32.
+    With `parallel` (``parallel.KINDS``) it is the ledger of one of `world` ranks that share the
+    batch, of the one that holds most, and nothing is compared with fp32.
     Raises RecipeError for a recipe that reads values of its tensors, with the line that does;
     UnknownName, UsageError and UnsupportedPrecision for what cannot be asked.
     """
@@ -67,18 +79,21 @@ def predict_memory(
             hint="load it with them, or pass its name or path",
         )
     recipe, size = _with_batch_size(recipe, batch_size)
-    with torch.random.fork_rng(devices=[]):
+    ranks = imagined_ranks(parallel, world)
+    with torch.random.fork_rng(devices=[]), ranks as peers:
         torch.manual_seed(seed)
-        data, batch = first_batch(recipe, size, seed)
-        notes = _notes_on_size(batch, size)
+        data, batch = first_batch(recipe, size, seed, share=(peers.rank, peers.size))
+        size_notes = _notes_on_size(batch_len(batch) * peers.size, size)
+        notes = [*size_notes, *notes_on_ranks(peers, break_even=break_even)]
 
         def build(plan: Plan, stage: Stage) -> Bench:
             model, how = _model_of(recipe, stage)
             notes.extend(note for note in how if note not in notes)
-            return _bench(recipe, plan, stage, model=model, data=data, batch=batch)
+            return _bench(recipe, plan, stage, peers, model=model, data=data, batch=batch)
 
         with explaining(recipe.name, recipe.path):
-            record = _predict(build, plan, target, break_even=break_even)
+            alone = not peers.kind
+            record = _predict(build, plan, target, break_even=break_even and alone)
     return replace(record, options=option_values(recipe), notes=(*notes, *record.notes))
 
 
@@ -126,13 +141,21 @@ def _predict(build: Builder, plan: Plan, target: Target, *, break_even: bool) ->
         found,
         recipe=bench.name,
         precision=plan.name,
-        batch_size=bench.size,
+        batch_size=bench.size * bench.peers.size,
+        parallel=bench.peers.kind,
+        ranks=bench.peers.size,
+        sent_bytes=sent_by(bench),
         device=target.name,
         predicted=True,
-        assumptions=(*_assumptions(plan.policy), *found.assumptions),
+        assumptions=(
+            *_assumptions(plan.policy),
+            *assumed_of_ranks(bench.peers, target.device),
+            *found.assumptions,
+        ),
         notes=(*notes_on(bench, target.device), *found.notes),
     )
-    if break_even and plan.policy.compute in ("fp16", "bf16"):
+    is_narrow = plan.policy.compute in ("fp16", "bf16") and plan.policy.linears == "compute"
+    if break_even and is_narrow:
         record = advise(record, bench, ledger, stage=stage, build=build)
     return record
 
@@ -156,8 +179,7 @@ def _with_batch_size(recipe: Recipe, size: int | None) -> tuple[Recipe, int]:
     return recipe, size
 
 
-def _notes_on_size(batch: Any, asked: int) -> list[str]:
-    served = batch_len(batch)
+def _notes_on_size(served: int, asked: int) -> list[str]:
     if served == asked:
         return []
     return [
@@ -187,13 +209,14 @@ def _bench(
     recipe: Recipe,
     plan: Plan,
     stage: Stage,
+    peers: Peers,
     *,
     model: nn.Module,
     data: MapDataset,
     batch: Any,
 ) -> Bench:
     with stage:
-        return Bench.of(
+        bench = Bench.of(
             recipe,
             plan,
             _CPU,
@@ -201,7 +224,9 @@ def _bench(
             batch=stage.fake(batch),
             model=model,
             stepping=stage.stepping,
+            peers=peers,
         )
+        return shared(bench, peers)
 
 
 def _parts_of(

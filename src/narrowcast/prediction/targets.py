@@ -108,6 +108,13 @@ class CudaGpu:
             policy, why = choose_for_cuda(able)
             return plan_named(policy.name), why
         plan = plan_named(precision) if isinstance(precision, str) else precision
+        if plan.policy.linears != "compute":
+            raise UnsupportedPrecision(
+                f"precision {plan.name!r} is not predicted for {self.gpu.title}: what its fp8 "
+                "layers allocate on CUDA was never measured",
+                hint="predict bf16, or bf16-split for fp8-split: fp8 saves time, not memory; on "
+                "the GPU, `narrowcast memory` measures it",
+            )
         if can(plan.policy, able):
             return plan, "as asked"
         formats = dict.fromkeys((plan.policy.compute, plan.policy.param))

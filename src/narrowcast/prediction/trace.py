@@ -159,6 +159,7 @@ def trace_steps(bench: Bench, stage: Stage, *, steps: int = 2) -> MemoryLedger:
         with stage.above():
             _take(bench, steps - 1)
         ledger = MemoryLedger(bench.model, bench.optimizer, device=bench.device)
+        ledger.gradients(bench.buckets())
         with stage.watching(ledger):
             ledger.inputs(bench.batch)
             _take(bench, 1)
@@ -175,6 +176,7 @@ def trace_from_start(bench: Bench, stage: Stage, *, steps: int = 2) -> WholeTrac
             ledger.inputs(bench.batch)
             _take(bench, steps - 1)
             last = len(ledger.events())
+            ledger.gradients(bench.buckets())
             ledger.begin_here()
             _take(bench, 1)
     return WholeTrace(ledger=ledger, entry=entry, last_step=last, beside=beside)

@@ -10,7 +10,7 @@ from narrowcast.preflight.events import Kind
 from narrowcast.preflight.imports import key_of
 from narrowcast.preflight.roles import Roles
 
-__all__ = ["Told", "classify"]
+__all__ = ["Told", "classify", "reads_gradient"]
 
 _CLIPS = {"clip_grad_norm_", "clip_grad_value_", "clip_grad_norm", "clip_grads_with_norm_"}
 _CLIPPERS = {"dispatch_clip_grad", "adaptive_clip_grad"}
@@ -48,7 +48,7 @@ def classify(
     last = (name or key_of(node.func)).rpartition(".")[2]
     if last in _CLIPPERS or (last in _CLIPS and name.startswith("torch.")):
         return Told("clip", text(node.args[0]) if node.args else "")
-    if name.startswith("torch.") and "norm" in last and any(_reads_gradient(a) for a in node.args):
+    if name.startswith("torch.") and "norm" in last and any(reads_gradient(a) for a in node.args):
         return Told("gradient norm")
     for value in (*node.args, *(k.value for k in node.keywords)):
         if roles.is_scaler(text(value)):
@@ -81,7 +81,7 @@ def _method(
         return Told("clip", owner)  # FSDP's models have it as a method
     if name in ("clamp_", "clip_") and _is_gradient(func.value):
         return Told("clip", owner)
-    if name == "norm" and _reads_gradient(func.value):
+    if name == "norm" and reads_gradient(func.value):
         return Told("gradient norm", owner)
     return None
 
@@ -116,5 +116,6 @@ def _is_gradient(node: ast.AST) -> bool:
             return False
 
 
-def _reads_gradient(node: ast.AST) -> bool:
+def reads_gradient(node: ast.AST) -> bool:
+    """Whether an expression has a parameter's ``.grad`` in it."""
     return any(_is_gradient(part) for part in ast.walk(node))

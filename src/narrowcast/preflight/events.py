@@ -89,11 +89,6 @@ class Event:
         return inner if compatible(inner.guard, self.guard) else None
 
     @property
-    def may_be_cast(self) -> bool:
-        """Whether an autocast may be in force, one that cannot be followed included."""
-        return self.cast is not None or any(not cast.is_known for cast in self.casts)
-
-    @property
     def is_of_each(self) -> bool:
         """Whether it is about another object in each iteration, as in ``for opt in optimizers``."""
         return not self.varying.isdisjoint(re.findall(r"\w+", self.subject))

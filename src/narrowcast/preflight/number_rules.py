@@ -10,6 +10,7 @@ from narrowcast.formats import FORMATS
 from narrowcast.preflight.casts import argument
 from narrowcast.preflight.definitions import Scope
 from narrowcast.preflight.events import Event, Region
+from narrowcast.preflight.products import is_narrow
 from narrowcast.preflight.rule import Found, Rule, at
 from narrowcast.preflight.script import Script
 from narrowcast.preflight.weights import NarrowWeights, narrow_weights
@@ -150,7 +151,7 @@ def _mask(script: Script) -> Iterator[Found]:
         value = _mask_value(constant, event, script)
         if value is None or math.isinf(value) or value >= -_FP16.max:
             continue
-        if not event.casts and _is_product(func.value, event, script):
+        if is_narrow(func.value, event, script):
             yield at(
                 event.node,
                 f"fills products with {value:g}, below the lowest number of fp16, -65504 (autocast "
@@ -167,31 +168,6 @@ def _mask_value(node: ast.expr | None, event: Event, script: Script) -> float | 
         if is_finfo and len(formats) == 1:
             return -FORMATS[next(iter(formats))].max
     return _number(node, event.scope, script)
-
-
-def _is_product(node: ast.expr, event: Event, script: Script) -> bool:
-    """Whether a value is a matrix product, scaled at most, that autocast has left in 16 bits."""
-    if not isinstance(node, ast.Name):
-        return _is_scaled_product(node)
-    earlier = [
-        d
-        for d, _ in script.definitions.visible(node.id, event.scope)
-        if d.line <= event.line and not any(n is event.node for n in ast.walk(d.value))
-    ]
-    last = max(earlier, key=lambda d: d.line, default=None)
-    return last is not None and _is_scaled_product(last.value)
-
-
-def _is_scaled_product(node: ast.expr) -> bool:
-    match node:
-        case ast.BinOp(op=ast.MatMult()):
-            return True
-        case ast.BinOp(left=left, op=ast.Div() | ast.Mult(), right=right):
-            return _is_scaled_product(left) or _is_scaled_product(right)
-        case ast.Call(func=ast.Attribute(attr="matmul" | "bmm" | "einsum" | "baddbmm")):
-            return True
-        case _:
-            return False
 
 
 def _saturated_log(script: Script) -> Iterator[Found]:

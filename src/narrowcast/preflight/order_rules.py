@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from narrowcast.preflight.events import Event, Region, rarer
+from narrowcast.preflight.casts import argument
+from narrowcast.preflight.events import Event, Kind, Region, rarer
 from narrowcast.preflight.rule import Found, Rule, at
 from narrowcast.preflight.script import Script
 
@@ -33,27 +34,71 @@ def _is_stepped_later(region: Region, event: Event, scaler: str) -> bool:
 
 
 def _clip_before_unscale(script: Script) -> Iterator[Found]:
-    for region in script.regions:
-        for clip in region.of("clip"):
-            state, cause = _gradients_before(region, clip)
-            if state == "scaled" and _is_stepped_later(region, clip, cause.scaler):
-                yield at(
-                    clip.node,
-                    "clips gradients that are still multiplied by the loss scale: at a scale of "
-                    "65536 a limit of 1.0 acts as one of 0.000015, and almost nothing is learned",
-                )
+    yield from _uses_of_scaled(
+        script,
+        "clip",
+        "clips gradients that are still multiplied by the loss scale: at a scale of 65536 a limit "
+        "of 1.0 acts as one of 0.000015, and almost nothing is learned",
+    )
 
 
 def _norm_of_scaled(script: Script) -> Iterator[Found]:
+    yield from _uses_of_scaled(
+        script,
+        "gradient norm",
+        "takes the norm of gradients that are still multiplied by the loss scale: the figure is up "
+        "to 65536 times too large, and jumps whenever the scale changes",
+    )
+
+
+def _clip_after_step(script: Script) -> Iterator[Found]:
     for region in script.regions:
-        for norm in region.of("gradient norm"):
-            state, cause = _gradients_before(region, norm)
-            if state == "scaled" and _is_stepped_later(region, norm, cause.scaler):
+        for clip in region.of("clip"):
+            step = _step_just_before(region, clip)
+            if step is None or _is_endless(clip) or not any(_zeroes_after(region, step)):
+                continue
+            # Another optimizer may be about to use them, here or out of sight.
+            if not any(e.kind in ("step", "scaled step", "escape") for e in region.after(clip)):
                 yield at(
-                    norm.node,
-                    "takes the norm of gradients that are still multiplied by the loss scale: the "
-                    "figure is up to 65536 times too large, and jumps whenever the scale changes",
+                    clip.node,
+                    f"clips gradients that the step in line {step.line} has used already, and that "
+                    "are thrown away before the next one: nothing is clipped",
                 )
+
+
+def _step_just_before(region: Region, clip: Event) -> Event | None:
+    """Return the step that certainly used the gradients that are clipped."""
+    for earlier in region.before(clip):
+        if earlier.kind in ("backward", "escape", "scale", "unscale"):
+            return None
+        if earlier.kind in ("step", "scaled step"):
+            is_as_often = earlier.loops == clip.loops and not rarer(earlier, clip)
+            return earlier if is_as_often else None
+    return None
+
+
+def _zeroes_after(region: Region, step: Event) -> Iterator[bool]:
+    """Yield whether gradients are zeroed between the step and the next backward pass."""
+    backward = next((e for e in region.before(step) if e.kind == "backward"), None)
+    if backward is not None:
+        inside = slice(region.events.index(backward), region.events.index(step))
+        kept = region.events[inside]
+        yield from (e not in kept for e in region.of("zero_grad") if e.fits(step))
+
+
+def _is_endless(clip: Event) -> bool:
+    """Whether the limit is infinite, as where only the norm is wanted."""
+    limit = argument(clip.node, 1, "max_norm")
+    return limit is not None and "inf" in clip.text(limit)
+
+
+def _uses_of_scaled(script: Script, kind: Kind, words: str) -> Iterator[Found]:
+    """Accuse what is done to gradients between backward and unscaling."""
+    for region in script.regions:
+        for use in region.of(kind):
+            state, cause = _gradients_before(region, use)
+            if state == "scaled" and _is_stepped_later(region, use, cause.scaler):
+                yield at(use.node, words)
 
 
 def _unscaled_twice(script: Script) -> Iterator[Found]:
@@ -309,5 +354,13 @@ ORDER_RULES = (
         fix="call scaler.unscale_(optimizer) before gradients are read",
         source="https://github.com/facebookresearch/fairseq/issues/4555",
         find=_norm_of_scaled,
+    ),
+    Rule(
+        code="NC122",
+        name="clip-after-step",
+        severity="error",
+        fix="clip between scaler.unscale_(optimizer) and scaler.step(optimizer)",
+        source=f"{_DOCS}#gradient-clipping",
+        find=_clip_after_step,
     ),
 )

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 
 from narrowcast.preflight.casts import keyword
+from narrowcast.preflight.classify import reads_gradient
 from narrowcast.preflight.events import Event, Region, Scaler
 from narrowcast.preflight.rule import Found, Rule, at
 from narrowcast.preflight.script import Script
@@ -65,7 +66,7 @@ def _made_in_every_step(script: Script) -> Iterator[Found]:
 
 
 def _fp16_without_scaler(script: Script) -> Iterator[Found]:
-    if script.mentions(*_OTHER_SCALING):
+    if script.mentions(*_OTHER_SCALING) or _unscales_by_hand(script):
         return
     for region in script.regions:
         for backward in region.of("backward"):
@@ -89,6 +90,23 @@ def _fp16_without_scaler(script: Script) -> Iterator[Found]:
                     "loss: gradients below 6e-8 become 0, and the layers that they reach stop "
                     "learning without a word",
                 )
+
+
+def _unscales_by_hand(script: Script) -> bool:
+    """Whether gradients are divided by what something was multiplied by: ``p.grad.div_(S)``."""
+    divisors: set[str] = set()
+    factors: set[str] = set()
+    for node in ast.walk(script.tree):
+        match node:
+            case ast.AugAssign(target=target, op=ast.Div(), value=value):
+                divisors |= {ast.unparse(value)} if reads_gradient(target) else set()
+            case ast.Call(func=ast.Attribute(value=owner, attr="div_"), args=[value]):
+                divisors |= {ast.unparse(value)} if reads_gradient(owner) else set()
+            case ast.Call(func=ast.Attribute(attr="mul"), args=[value]):
+                factors.add(ast.unparse(value))
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                factors |= {ast.unparse(left), ast.unparse(right)}
+    return not divisors.isdisjoint(factors)
 
 
 def _is_product(call: ast.Call) -> bool:

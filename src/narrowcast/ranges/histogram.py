@@ -27,7 +27,7 @@ from torch import Tensor
 
 from narrowcast.errors import UsageError
 from narrowcast.formats import FORMATS, FloatFormat
-from narrowcast.ranges.dtypes import name_of
+from narrowcast.precision.cast import format_name
 from narrowcast.records.ranges import TensorRange
 
 __all__ = ["Counted", "count", "measure", "measure_all", "read"]
@@ -155,7 +155,7 @@ def _require_real(tensor: Tensor) -> None:
         )
     if not tensor.is_floating_point():
         raise UsageError(
-            f"a tensor of {name_of(tensor.dtype)} and shape {tuple(tensor.shape)} was to be "
+            f"a tensor of {format_name(tensor.dtype)} and shape {tuple(tensor.shape)} was to be "
             "measured",
             hint="only floating-point numbers have a range; measure .real and .imag of complex "
             "ones, and .float() of whole ones",
@@ -272,7 +272,7 @@ def _record(counted: Counted, row: list[float]) -> TensorRange:
     first, last = (nonempty[0], nonempty[-1]) if nonempty else (0, -1)
     finite = int(zeros) + sum(counts)
     return TensorRange(
-        dtype=name_of(counted.dtype),
+        dtype=format_name(counted.dtype),
         shape=counted.shape,
         numel=finite + int(infs) + int(nans),
         zeros=int(zeros),

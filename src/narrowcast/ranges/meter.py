@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from narrowcast.errors import NarrowcastError, UsageError
-from narrowcast.ranges.dtypes import name_of
+from narrowcast.precision.cast import format_name
 from narrowcast.ranges.updates import UpdateLoss, compare_updates
 
 __all__ = ["SAMPLE", "UpdateMeter", "WeightUpdates"]
@@ -133,7 +133,7 @@ class UpdateMeter:
         return _Sample(
             parameter,
             self._names.get(id(parameter), label),
-            f"{name_of(parameter.dtype)}{store}",
+            f"{format_name(parameter.dtype)}{store}",
             at,
             _taken(_stored(optimizer, parameter), at),
             None if wanted is None else _taken(wanted, at),

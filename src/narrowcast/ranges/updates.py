@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.errors import UsageError
-from narrowcast.ranges.dtypes import dtype_of
+from narrowcast.precision.cast import torch_dtype
 
 __all__ = ["UpdateLoss", "averaging", "compare_updates", "lost_updates", "with_decay"]
 
@@ -59,7 +59,9 @@ def lost_updates(before: Tensor, update: Tensor, into: str) -> UpdateLoss:
             f"an update of shape {tuple(update.shape)} for weights of {tuple(before.shape)}",
             hint="pass the weights, and what an optimizer would add to each",
         )
-    dtype = dtype_of(into)
+    if into == "tf32":
+        raise UsageError("weights are not stored in tf32", hint="it is a way to multiply fp32")
+    dtype = torch_dtype(into)
     sums = _Sums()
     for weight, change in zip(_flat(before), _flat(update), strict=True):
         stored = weight.to(dtype).float()

@@ -39,6 +39,7 @@ Kind = Literal[
     "low-precision accumulation",
     "scale thrashing",
     "scale too low",
+    "scale too high",
     "not a precision problem",
     "nothing to diagnose",
     "not reproducible",
@@ -84,6 +85,9 @@ class ExecutedOp:
     ``batch``, or ``outside``; '' for one that an operation wrote."""
     results: tuple[str, ...] = ()
     """``loss``, or the parameters whose gradients this operation wrote last."""
+    keeps: str = ""
+    """The buffer or weight in whose place a forward pass leaves this result, as a new tensor; ''
+    where it leaves none, and where it writes in place."""
     constants: tuple[LostConstant, ...] = ()
     """Its Python numbers that become 0 or infinite in its output's format."""
     infinite_constant: bool = False
@@ -92,8 +96,11 @@ class ExecutedOp:
     """rms of its result's difference from the same operation in fp32 on the same inputs, over the
     rms of the latter; None where that was not computed."""
     absorbed: float | None = None
-    """Of a 16-bit sum of two tensors or a running sum: the share of non-zero addends that changed
-    nothing."""
+    """Of a 16-bit sum of two tensors, a running sum, an average (``lerp``) or wider numbers written
+    over 16-bit ones: the share of non-zero addends that changed nothing."""
+    swallowed: float | None = None
+    """Of a 16-bit sum of a tensor and a constant: the share of the elements that are not 0 beside
+    which nothing but the constant is left."""
     collapsed: float | None = None
     """Where integers become 16-bit numbers: the share of distinct values that were lost; None for
     other inputs."""

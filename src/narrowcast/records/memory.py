@@ -81,6 +81,7 @@ class MemoryRecord:
     precision: str
     device: str
     batch_size: int
+    """Samples of a step, on all ranks together."""
     total_peak_bytes: int
     peak_phase: str
     """'forward', 'backward' or 'optimizer'."""
@@ -104,3 +105,8 @@ class MemoryRecord:
     margin_bytes: int | None = None
     """Of a prediction for a GPU: what to leave free beyond ``reserved_bytes``; see assumptions."""
     options: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    parallel: str = ""
+    """How several ranks share the training, of which this is one; empty in a process alone."""
+    ranks: int = 1
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+    """Of a prediction for several ranks: what one sends a step on a ring, by collective."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from narrowcast.records.codec import RecordError, from_json
+from narrowcast.records.compilation import Compilation
 from narrowcast.records.memory import MemoryRecord
 from narrowcast.records.ranges import BorderRange
 
@@ -117,6 +118,8 @@ class RunRecord:
     ranks: int = 1
     rank_peak_bytes: tuple[int, ...] = ()
     """The peak of each rank, where there are several and their memory was measured."""
+    compiled: Compilation | None = None
+    """What torch.compile made of the model; none for a run without it."""
     deterministic: bool = True
     """Whether only kernels that repeat their bits were allowed."""
     perturbation: str = ""

@@ -20,9 +20,12 @@ from narrowcast.records.diagnosis import LostConstant
 from narrowcast.replay.flow import Flow, numbers_in
 from narrowcast.replay.traits import Traits
 
-__all__ = ["Call", "Fidelity", "fidelity_of"]
+__all__ = ["SLOW", "Call", "Fidelity", "fidelity_of", "near"]
 
 _NARROW = (torch.float16, torch.bfloat16)
+
+SLOW = 1 / 16
+"""An average of this weight or more always arrives; see `near`."""
 
 # Up to here every whole number is one of the format's: 2 ** (mantissa bits + 1).
 _WHOLE = {
@@ -39,6 +42,7 @@ class Fidelity:
     constants: tuple[LostConstant, ...] = ()
     local_error: float | None = None
     absorbed: float | None = None
+    swallowed: float | None = None
     collapsed: float | None = None
 
 
@@ -103,6 +107,7 @@ def fidelity_of(call: Call, outputs: Sequence[Tensor], flow: Flow) -> Fidelity:
         constants=() if made is None else _lost_constants(call, made.dtype, flow),
         local_error=_local_error(call, outputs),
         absorbed=None if made is None else _absorbed(call, made),
+        swallowed=None if made is None else _swallowed(call, made),
         collapsed=None if made is None else _collapsed(call, made),
     )
 
@@ -195,12 +200,17 @@ def _absorbed(call: Call, result: Tensor) -> float | None:
     """Return the share of non-zero addends that changed nothing.
 
     Of two addends, element by element, the smaller is the addend. A running sum's addends are its
-    elements after the first. Torch carries the sum inside of ``sum`` and ``cumsum`` in fp32; what
-    is absorbed is absorbed where the running sum is stored.
+    elements after the first, an average's (``lerp``) the way that it was to go. Torch carries the
+    sum inside of ``sum`` and ``cumsum`` in fp32; what is absorbed is absorbed where the running sum
+    is stored. So are wider numbers that are copied over narrow ones.
     """
-    sign, args = call.traits.addend_sign, call.args
-    if call.traits.stem == "cumsum":
+    sign, args, stem = call.traits.addend_sign, call.args, call.traits.stem
+    if stem == "cumsum":
         return _absorbed_in_running_sum(args[0].to(result.dtype), result, args[1])
+    if stem in ("lerp", "lerp_"):
+        return _absorbed_in_average(call, result)
+    if stem == "copy_":
+        return _absorbed_in_store(args[0], args[1], result)
     if not sign or not all(isinstance(a, Tensor) for a in args[:2]):
         return None
     first, second = (a.float().expand(result.shape) for a in args[:2])
@@ -209,6 +219,50 @@ def _absorbed(call: Call, result: Tensor) -> float | None:
     larger = torch.where(is_first_larger, first, second)
     addend = torch.where(is_first_larger, second, first)
     return _share((addend != 0) & torch.isfinite(larger), result.float() == larger)
+
+
+def _swallowed(call: Call, result: Tensor) -> float | None:
+    """Return the share of non-zero elements that vanish beside a constant: ``1 - rate``."""
+    stem, given = call.traits.stem, call.args[:2]
+    if stem not in ("add", "add_", "sub", "sub_", "rsub") or len(given) < 2:
+        return None
+    number = next((float(g) for g in given if isinstance(g, (int, float))), None)
+    tensor = next((g for g in given if isinstance(g, Tensor)), None)
+    if number is None or tensor is None or tensor.layout is not torch.strided:
+        return None
+    kept = -number if stem.startswith("sub") and isinstance(given[0], Tensor) else number
+    return _share(tensor != 0, result.float() == kept)
+
+
+def _absorbed_in_average(call: Call, result: Tensor) -> float | None:
+    before, towards = (a.float().expand(result.shape) for a in call.args[:2])
+    weight = call.args[2] if len(call.args) > 2 else call.kwargs["weight"]
+    way, eps = towards - before, torch.finfo(result.dtype).eps
+    if isinstance(weight, Tensor):
+        is_slow, moves = weight.abs() < SLOW, weight != 0
+        room = torch.where(is_slow, near(0.0, eps), near(1.0, eps))
+    else:
+        room, moves = torch.tensor(near(abs(weight), eps)), torch.tensor(bool(weight))
+    is_far = way.abs() > room.to(way.device) * before.abs()
+    return _share(is_far & moves.to(way.device) & torch.isfinite(way), result.float() == before)
+
+
+def near(weight: float, eps: float) -> float:
+    """Return how near to its goal, relative to itself, an average counts as having arrived.
+
+    One of weight w stands still within eps / 2w. For a weight of 1/16 or more that is 8 eps at
+    most, and no matter; a slower one stands still far from its goal, and only rounding excuses it.
+    """
+    return 8 * eps if weight >= SLOW else eps
+
+
+def _absorbed_in_store(before: Tensor, stored: Tensor, result: Tensor) -> float | None:
+    is_wider = stored.is_floating_point() and stored.dtype not in _NARROW
+    if not is_wider or not (stored.layout is before.layout is torch.strided):
+        return None
+    held = before.float().expand(result.shape)
+    way = stored.to(result.device).expand(result.shape) - held
+    return _share((way != 0) & torch.isfinite(way), result.float() == held)
 
 
 def _absorbed_in_running_sum(addends: Tensor, sums: Tensor, dim: int) -> float | None:

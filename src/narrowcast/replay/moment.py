@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves  # torch's only walker of nests
 from narrowcast.activations.rules import load_rounding_state, rounding_state
 from narrowcast.engine.engine import Engine
 from narrowcast.errors import UsageError
+from narrowcast.memory.storages import storages_of
 from narrowcast.randomness import random_state, restore_random_state
 
 __all__ = ["Moment", "untouched"]
@@ -87,10 +88,11 @@ def untouched(model: nn.Module, batch: Any = None) -> Iterator[None]:
     """Give back what passes through a model write, whatever becomes of the block.
 
     Random states, buffers, gradients (of the model and of the batch), the mode of each module, the
-    stream of roundings; hooks that wait for complete gradients, such as those that step during
-    backward, are not called. Copies the buffers. What a model keeps in plain attributes is out of
-    reach. Raises UsageError if the model has written into a weight, other than rows that an
-    embedding brings down to its ``max_norm``.
+    stream of roundings, and frozen weights that follow the trained ones, as a target network's do;
+    hooks that wait for complete gradients, such as those that step during backward, are not called.
+    Copies the buffers, and frozen weights that are no larger together than the trained ones. What a
+    model keeps in plain attributes is out of reach. Raises UsageError if the model has written into
+    another weight, other than rows that an embedding brings down to its ``max_norm``.
     """
     states, roundings = random_state(), rounding_state(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -153,12 +155,18 @@ class _Weights:
     """The weights of a model: copies of those that its own forward pass may write into."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._copies = [
-            (module.weight, module.weight.detach().clone())
+        limited = [
+            module.weight
             for module in model.modules()
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
         ]
-        copied = {id(weight) for weight, _ in self._copies}
+        written: dict[int, Tensor] = {
+            id(weight): weight for weight in (*limited, *_following(model))
+        }
+        self._copies = [(weight, weight.detach().clone()) for weight in written.values()]
+        everything: list[Tensor] = list(model.parameters())
+        self._places = [(weight, weight.data, _storages(weight)) for weight in everything]
+        copied = set(written)
         self._versions = [
             (name, weight, weight._version)
             for name, weight in model.named_parameters()
@@ -166,6 +174,9 @@ class _Weights:
         ]
 
     def give_back(self) -> None:
+        for weight, data, storages in self._places:
+            if _storages(weight) != storages:  # `weight.data = ...` has put another tensor there
+                weight.data = data
         for weight, copy in self._copies:
             _write(weight, copy)
 
@@ -177,6 +188,20 @@ class _Weights:
                 "keeps what was written",
                 hint="keep in a buffer what a forward pass writes: buffers are given back",
             )
+
+
+def _storages(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(storage._cdata for storage in storages_of(tensor))
+
+
+def _following(model: nn.Module) -> list[Tensor]:
+    """List the frozen weights, where they may be an average of the trained ones.
+
+    A frozen base under small adapters is larger than these, never written, and too large to copy.
+    """
+    frozen: list[Tensor] = [w for w in model.parameters() if not w.requires_grad]
+    trained = sum(w.nbytes for w in model.parameters() if w.requires_grad)
+    return frozen if sum(w.nbytes for w in frozen) <= trained else []
 
 
 def _is_writable(tensor: Tensor) -> bool:

@@ -30,7 +30,6 @@ from narrowcast.records.ranges import TensorRange
 from narrowcast.replay.fidelity import Call, Fidelity, fidelity_of
 from narrowcast.replay.flow import Flow, Known, numbers_in, real_parts
 from narrowcast.replay.places import Place, Places
-from narrowcast.replay.samples import sample
 from narrowcast.replay.traits import traits_of
 
 __all__ = ["OpRecorder", "Ranges"]
@@ -51,6 +50,7 @@ class _Seen:
         "fidelity",
         "infinite",
         "inputs",
+        "keeps",
         "op",
         "outputs",
         "place",
@@ -70,6 +70,7 @@ class _Seen:
         self.dtype = ""
         self.fidelity: Fidelity | None = None
         self.infinite = False
+        self.keeps = ""
         self.results: list[str] = []
 
 
@@ -77,9 +78,8 @@ class OpRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation that makes floating-point values, while entered, in ``events``.
 
     Views, and tensors that hold no values yet, are no operations. With `errors` each 16-bit
-    operation is done again in fp32 (see `fidelity`); with `samples`, that many elements of each
-    result are kept, by event, in ``samples``. `batch` is the nest of tensors that events are to
-    call so. Ranges of a CPU are counted at once; elsewhere nothing waits for the device but
+    operation is done again in fp32 (see `fidelity`). `batch` is the nest of tensors that events are
+    to call so. Ranges of a CPU are counted at once; elsewhere nothing waits for the device but
     ``suspects`` and `errors`, once an operation or more.
     """
 
@@ -89,22 +89,21 @@ class OpRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         ranges: Ranges = "all",
         errors: bool = False,
-        samples: int = 0,
         batch: Any = None,
     ) -> None:
         if ranges not in get_args(Ranges):
             raise UnknownName.of("choice of ranges", ranges, get_args(Ranges))
         super().__init__()  # type: ignore[no-untyped-call]
-        self.samples: dict[int, Tensor] = {}
-        """Of each event by its index: some elements of its first result, in fp32."""
         self._places = Places(model)
         self._ranges = ranges
         self._errors = errors
-        self._sample = samples
         self._flow = Flow()
         self._flow.name(batch, "batch")
+        self._model = model
+        self._held: dict[str, Known] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._flow.name(tensor, name)
+            self._held[name] = self._flow.of(tensor)
         self._seen: list[_Seen] = []
         self._unread: list[Counted] = []
         self._read: list[TensorRange] = []
@@ -140,6 +139,14 @@ class OpRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         for index in self._flow.of(tensor).writers[-1:]:
             self._seen[index].results.append(result)
+
+    def kept(self) -> None:
+        """Note which results stand in the place of buffers and weights: after the forward pass."""
+        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
+            known = self._flow.of(tensor)
+            if known is not self._held.get(name):
+                for index in known.writers[-1:]:
+                    self._seen[index].keeps = name
 
     def name(self, tensor: Tensor, source: str) -> None:
         """Say what a tensor is that no recorded operation wrote, for `ExecutedOp.sources`."""
@@ -195,8 +202,6 @@ class OpRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 seen.inputs = ()
         elif self._ranges == "all":
             seen.outputs = self._count(outputs)
-        if self._sample:
-            self.samples[index] = sample(outputs[0], self._sample)
 
     def _count(self, tensors: Iterable[Tensor]) -> list[int]:
         """Count tensors; returns the numbers under which their ranges will be found."""
@@ -244,6 +249,7 @@ class OpRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for source, writer in zip(seen.sources, fed_by, strict=True)
             ),
             results=tuple(seen.results),
+            keeps=seen.keeps,
             infinite_constant=seen.infinite,
             **({} if seen.fidelity is None else vars(seen.fidelity)),
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from narrowcast.compiling import eagerly
 from narrowcast.engine.engine import Engine
 from narrowcast.engine.gradients import run_backward
 from narrowcast.engine.losses import Seeds, unusable_loss
@@ -29,7 +30,7 @@ from narrowcast.replay.moment import Moment
 from narrowcast.replay.recorder import OpRecorder, Ranges
 from narrowcast.replay.samples import sample
 
-__all__ = ["SEED", "StepTrace", "replay_step"]
+__all__ = ["SEED", "StepTrace", "reference_loss", "replay_step"]
 
 SEED = "loss scale"
 """What events call the gradient that backward starts from, which holds the loss scale."""
@@ -46,9 +47,8 @@ class StepTrace:
     gradients: Mapping[str, TensorRange]
     """By parameter; those that backward did not reach are missing."""
     events: tuple[ExecutedOp, ...] = ()
-    samples: Mapping[int, Tensor] = field(default_factory=dict)
-    """Elements of the results of events, by their index; gradients in it stand scaled."""
     gradient_samples: Mapping[str, Tensor] = field(default_factory=dict)
+    """Elements of the gradients, evenly spread."""
 
     @property
     def is_finite(self) -> bool:
@@ -72,26 +72,21 @@ def replay_step(
 
     `scale` replaces the loss scale that was in force. With `policy_reference` the same happens in
     fp32, from the master weights where there are such, in the mode (training) that the modules are
-    in; its scale is 1 unless one is given. `ranges`, `errors` and `samples` are those of
-    `OpRecorder`; without `ranges` (None) there are no events, and it costs little more than a step.
+    in; its scale is 1 unless one is given. `ranges` and `errors` are those of `OpRecorder`; without
+    `ranges` (None) there are no events, and it costs little more than a step. Of each gradient
+    `samples` elements are kept. What the engine compiled runs uncompiled, where it can be seen.
 
     Raises UsageError for a loss that backward cannot start from, and inside an autocast.
     """
-    if torch.is_autocast_enabled(engine.device.type):
-        raise UsageError(
-            "a step was to be replayed inside autocast",
-            hint="leave engine.forward() or torch.autocast first",
-        )
+    _require_outside(engine)
     if scale is None:
         scale = 1.0 if policy_reference else _scale_of(engine, moment)
     passes = _Passes(engine, compute_loss, moment, scale)
     around = _in_fp32(engine) if policy_reference else nullcontext()
-    with moment.at(engine.model), around:
+    with eagerly(engine.model), moment.at(engine.model), around:
         recorder = None
         if ranges is not None:
-            recorder = OpRecorder(
-                engine.model, ranges=ranges, errors=errors, samples=samples, batch=moment.batch
-            )
+            recorder = OpRecorder(engine.model, ranges=ranges, errors=errors, batch=moment.batch)
         with recorder or nullcontext():
             loss = passes.run(recorder, reference=policy_reference)
         gradients, gradient_samples = passes.gradients(samples)
@@ -101,8 +96,34 @@ def replay_step(
             loss=loss.item(),
             gradients=gradients,
             events=() if recorder is None else recorder.events,
-            samples={} if recorder is None else recorder.samples,
             gradient_samples=gradient_samples,
+        )
+
+
+def reference_loss(
+    engine: Engine, compute_loss: Callable[[nn.Module, Any], Tensor], moment: Moment
+) -> float:
+    """Return the loss that fp32 gives on the same weights and batch, by a forward pass alone.
+
+    Nothing is kept for backward, and nothing of the pass stays. Raises UsageError for a loss that
+    is no number, and inside an autocast.
+    """
+    _require_outside(engine)
+    policy, kind = POLICIES["fp32"], engine.device.type
+    model = engine.model
+    with eagerly(model), moment.at(model), _in_fp32(engine), torch.no_grad():
+        with Surroundings(policy, kind, forward_context(policy, kind)):
+            loss = compute_loss(model, moment.batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise unusable_loss(loss)
+        return loss.item()
+
+
+def _require_outside(engine: Engine) -> None:
+    if torch.is_autocast_enabled(engine.device.type):
+        raise UsageError(
+            "a step was to be replayed inside autocast",
+            hint="leave engine.forward() or torch.autocast first",
         )
 
 
@@ -148,6 +169,7 @@ class _Passes:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise unusable_loss(loss)
         if recorder is not None:
+            recorder.kept()
             recorder.mark(loss, "loss")
         with nullcontext() if recorder is None else recorder.pausing():
             seed = Seeds().of(self._factor, loss)

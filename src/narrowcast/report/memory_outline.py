@@ -39,6 +39,7 @@ def outline_of_memory(record: MemoryRecord) -> Outline:
     """Lay out one ledger."""
     what = "Predicted memory" if record.predicted else "Memory"
     predicted = "predicted " if record.predicted else ""
+    shared = f", a rank of {record.ranks} ({record.parallel})" if record.parallel else ""
     sections = [
         Section(
             key="memory", title="Where the peak goes", blocks=memory_blocks(record), brief=True
@@ -54,6 +55,7 @@ def outline_of_memory(record: MemoryRecord) -> Outline:
                         ("precision", record.precision),
                         ("batch size", str(record.batch_size)),
                         ("device", record.device),
+                        *_ranks(record),
                         ("options", options_text(record.options)),
                     )
                 ),
@@ -63,10 +65,18 @@ def outline_of_memory(record: MemoryRecord) -> Outline:
     return Outline(
         title=f"{record.recipe} in {record.precision}: "
         f"{predicted}{format_bytes(record.total_peak_bytes)}",
-        subtitle=f"{what} of one training step, batch {record.batch_size}, on {record.device}",
+        subtitle=f"{what} of one training step, batch {record.batch_size}, "
+        f"on {record.device}{shared}",
         sections=tuple(s for s in sections if s.blocks),
         footer="Categories are counted by storage and add up to the peak to the byte.",
     )
+
+
+def _ranks(record: MemoryRecord) -> tuple[tuple[str, str], ...]:
+    """Say how many ranks share the batch, and which of them this is about."""
+    if not record.parallel:
+        return ()
+    return (("ranks", f"{record.ranks} ({record.parallel}); this is the memory of one"),)
 
 
 def memory_blocks(record: MemoryRecord) -> tuple[Block, ...]:

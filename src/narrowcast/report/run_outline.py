@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from narrowcast.records.run import Evaluation, RunRecord, StepPoint, policy_in
+from narrowcast.records.run import AxisValue, Evaluation, RunRecord, StepPoint, policy_in
 from narrowcast.report.memory_outline import memory_blocks, module_blocks
 from narrowcast.report.parts import environment_facts, footer, options_text
 from narrowcast.report.shapes import (
@@ -37,10 +37,12 @@ from narrowcast.report.wording import (
     spaced,
     yes_no,
 )
+from narrowcast.units import format_bytes
 
 __all__ = ["outline_of_run"]
 
 _TERMINAL_SKIPS = 10
+_TERMINAL_BORDERS = 20
 
 
 def outline_of_run(record: RunRecord, points: Sequence[StepPoint] = ()) -> Outline:
@@ -53,6 +55,11 @@ def outline_of_run(record: RunRecord, points: Sequence[StepPoint] = ()) -> Outli
         Section(key="memory", title="Memory", blocks=_memory(record)),
         Section(key="skips", title="Skipped steps and loss scale", blocks=_skips(record, kept)),
         Section(key="dtypes", title="What really executed", blocks=_dtypes(record)),
+        Section(
+            key="borders",
+            title=f"What crossed the borders of modules in step {count(record.watched_at)}",
+            blocks=_borders(record),
+        ),
         Section(key="asked", title="What was asked", blocks=(_asked(record),)),
         Section(
             key="environment",
@@ -70,8 +77,9 @@ def outline_of_run(record: RunRecord, points: Sequence[StepPoint] = ()) -> Outli
 
 
 def _result(record: RunRecord) -> tuple[Block, ...]:
+    kind = f" ({record.failure_kind})" if record.failure_kind else ""
     warnings = [
-        *([f"The run failed: {record.failure}"] if record.failure else []),
+        *([f"The run failed{kind}: {record.failure}"] if record.failure else []),
         *record.warnings,
     ]
     if record.precision_honoured is False:
@@ -86,8 +94,10 @@ def _result(record: RunRecord) -> tuple[Block, ...]:
         ("final training loss", number(record.final_loss)),
         *_last_metrics(record),
         ("peak memory", bytes_or_nothing(record.peak_bytes)),
+        *_more_on_memory(record),
         ("step time", seconds_or_nothing(record.step_seconds)),
         ("samples per second", number(record.samples_per_second)),
+        *((("compiled", record.compiled.words),) if record.compiled is not None else ()),
         ("executed as asked", yes_no(record.precision_honoured)),
         *(
             (f"{kind} executed in", dtypes_text(record.executed_dtypes[kind]))
@@ -97,6 +107,16 @@ def _result(record: RunRecord) -> tuple[Block, ...]:
     ]
     facts = Facts(pairs=tuple(pairs), headline=True)
     return (facts, *((Prose(lines=tuple(warnings), kind="warning"),) if warnings else ()))
+
+
+def _more_on_memory(record: RunRecord) -> list[tuple[str, str]]:
+    """Give what the peak is held to, and the peaks of the ranks, where there are such."""
+    found = []
+    if record.budget_bytes is not None:
+        found.append(("memory budget", format_bytes(record.budget_bytes)))
+    if record.rank_peak_bytes:
+        found.append(("peak memory by rank", listed(map(format_bytes, record.rank_peak_bytes))))
+    return found
 
 
 def _last_metrics(record: RunRecord) -> list[tuple[str, str]]:
@@ -276,20 +296,59 @@ def _dtypes(record: RunRecord) -> tuple[Block, ...]:
     return (table, *((Prose(lines=notes, kind="list"),) if notes else ()))
 
 
+def _borders(record: RunRecord) -> tuple[Block, ...]:
+    if not record.watched:
+        return ()
+    rows = tuple(
+        (
+            border.module or "the model",
+            border.phase,
+            border.dtype,
+            number(border.amax),
+            number(border.amin),
+            number(border.rms),
+            f"{count(border.zeros)} of {count(border.numel)}",
+            count(border.nonfinite),
+        )
+        for border in record.watched
+    )
+    titles = ("largest", "smallest above 0", "rms", "zeros", "NaN or infinite")
+    table = Table(
+        caption="Magnitudes of outputs (forward) and of their unscaled gradients (backward)",
+        columns=(
+            Column(title="module"),
+            Column(title="phase"),
+            Column(title="format"),
+            *(Column(title=title, numeric=True) for title in titles),
+        ),
+        rows=rows,
+        terminal_rows=_TERMINAL_BORDERS,
+    )
+    return (table,)
+
+
 def _asked(record: RunRecord) -> Facts:
     policy = " ".join(
         f"{name}={value if isinstance(value, str) else listed(value) or 'none'}"
         for name, value in policy_in(record.plan).items()
     )
+    shared = f"{plural(record.ranks, 'rank')}, {record.parallel}" if record.parallel else "alone"
     return Facts(
         pairs=(
             ("recipe", record.recipe),
+            ("recipe file", record.recipe_path or NOTHING),
+            ("SHA-256 of it", record.recipe_digest or NOTHING),
             ("options", options_text(record.options)),
             ("precision", record.precision),
             ("policy", policy),
+            ("further axes of the plan", _axes_text(record.plan)),
             ("seed", str(record.seed)),
+            *((("changed at the start", record.perturbation),) if record.perturbation else ()),
             ("steps", count(record.planned_steps)),
             ("batch size", f"{record.batch_size}, accumulated over {record.accumulate}"),
+            ("gradient norm at most", number(record.clip_norm)),
+            ("processes", shared),
+            ("deterministic kernels only", "yes" if record.deterministic else "no"),
             ("resumed at", listed(record.resumed_at) or "never"),
             ("initial weights", record.initial_weights_hash or NOTHING),
             ("data order", record.data_order_hash or NOTHING),
@@ -297,3 +356,15 @@ def _asked(record: RunRecord) -> Facts:
             ("finished", moment(record.finished) if record.finished else NOTHING),
         )
     )
+
+
+def _axes_text(plan: dict[str, AxisValue]) -> str:
+    """Write the axes beside the policy: 'weights=split16 states=int8'."""
+
+    def words(value: AxisValue) -> str:
+        if not isinstance(value, list):
+            return str(value)
+        return listed(" ".join(map(str, each.values())) for each in value) or "none"
+
+    axes = {name: value for name, value in plan.items() if name not in ("name", "policy")}
+    return " ".join(f"{name}={words(value)}" for name, value in axes.items()) or NOTHING

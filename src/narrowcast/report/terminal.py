@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.panel import Panel as Box
 from rich.rule import Rule
@@ -71,7 +72,8 @@ def _print(outline: Outline, sections: Sequence[Section], console: Console) -> N
     console.print(text(outline.subtitle, "dim"))
     for section in sections:
         console.print()
-        console.print(Rule(text(section.title, "bold"), align="left", style="dim"))
+        rule = Rule(text(section.title, "bold"), align="left", style="dim")
+        console.print(rule, width=text.width)
         for block in section.blocks:
             console.print()
             for part in text.block(block):
@@ -84,6 +86,7 @@ class _Writer:
     """Turns blocks of an outline into renderables that fit one console."""
 
     def __init__(self, console: Console) -> None:
+        self.console = console
         self.width = min(console.width, 120)
         self.encoding = console.encoding or "utf-8"
         self.colours = console.is_terminal
@@ -106,7 +109,7 @@ class _Writer:
         elif isinstance(block, Listing):
             yield from self._listing(block)
         elif isinstance(block, Verdicts):
-            yield from map(self._verdict, block.verdicts)
+            yield from self._verdicts(block.verdicts)
         else:
             yield from self._chart(block)
 
@@ -132,20 +135,29 @@ class _Writer:
             grid.add_row(self(name), self(value))
         return grid
 
-    def _verdict(self, verdict: Verdict) -> Box:
+    def _verdicts(self, verdicts: Sequence[Verdict]) -> Iterator[RenderableType]:
+        """Yield a box for each, all of the width that their lines need, if there is room for it."""
+        bodies = [self._verdict(verdict) for verdict in verdicts]
+        options = self.console.options
+        needed = [Measurement.get(self.console, options, body).maximum + 4 for body in bodies]
+        width = max(self.width, min(self.console.width, max(needed, default=0)))
+        for verdict, body in zip(verdicts, bodies, strict=True):
+            title = Text.assemble(
+                self(verdict.precision, _COLOURS.get(verdict.colour, "")),
+                ": ",
+                self(verdict.word, _TONES[verdict.tone]),
+            )
+            yield Box(
+                body, title=title, title_align="left", border_style="bright_black", width=width
+            )
+
+    def _verdict(self, verdict: Verdict) -> Grid:
         body = Grid.grid()
         body.add_row(self(verdict.estimate, "bold"))
         body.add_row(self(verdict.meaning))
         body.add_row(self(verdict.why))
         body.add_row(Padding(self._facts(verdict.facts), (1, 0, 0, 0)))
-        title = Text.assemble(
-            self(verdict.precision, _COLOURS.get(verdict.colour, "")),
-            ": ",
-            self(verdict.word, _TONES[verdict.tone]),
-        )
-        return Box(
-            body, title=title, title_align="left", border_style="bright_black", width=self.width
-        )
+        return body
 
     def _table(self, table: Table) -> Iterator[RenderableType]:
         yield self(table.caption, "italic")

@@ -36,7 +36,7 @@ class LossWatch:
     def passing(self, outputs: Any) -> Any:
         """Hold the outputs and return them; an iterable that is lazy stays lazy."""
         if isinstance(outputs, Tensor):
-            self._hold(outputs)
+            self.hold(outputs)
         elif isinstance(outputs, list | tuple):
             for output in outputs:
                 self.passing(output)
@@ -44,11 +44,13 @@ class LossWatch:
             return map(self.passing, outputs)
         return outputs
 
-    def _hold(self, output: Tensor) -> None:
-        if not output.is_floating_point() or output.numel() == 0:
+    def hold(self, output: Tensor) -> None:
+        """Hold one tensor of losses."""
+        size = output.numel()
+        if size == 0 or not output.is_floating_point():
             return
         value = output.detach()
-        if value.numel() > 1:  # one number that is finite exactly when all of them are
+        if size > 1:  # one number that is finite exactly when all of them are
             value = torch.linalg.vector_norm(value, ord=torch.inf)
         self._held.append(value)
         if len(self._held) >= _HELD_AT_MOST:

@@ -209,11 +209,6 @@ class SkipLedger:
         late = [o.skip for outcomes in (*self._uncounted, current) for o in outcomes]
         return (*self._skips, *(skip for skip in late if skip))
 
-    @property
-    def all_known(self) -> bool:
-        """Whether the host knows the outcomes of the step under way."""
-        return all(outcome.flags is None for _, outcome in self.attempts)
-
     def record(self, optimizer: Optimizer, skip: SkippedStep | None) -> None:
         self.attempts.append((optimizer, StepOutcome(self.steps + 1, skip)))
         self.last = self.attempts[-1][1]
@@ -228,10 +223,14 @@ class SkipLedger:
 
         Unread outcomes are left unread until there are sixteen steps of them.
         """
-        self._uncounted.append([outcome for _, outcome in self.attempts])
-        is_due = self.all_known or len(self._uncounted) >= _READ_EVERY
+        outcomes = [outcome for _, outcome in self.attempts]
         self.steps += 1
         self.attempts = []
+        is_quiet = bool(outcomes) and not (self._uncounted or self.row.skipped)
+        if is_quiet and all(o.flags is None and o.skip is None for o in outcomes):
+            return None  # nearly every step: all of it is known, and nothing to be counted
+        self._uncounted.append(outcomes)
+        is_due = all(o.flags is None for o in outcomes) or len(self._uncounted) >= _READ_EVERY
         return self.count(floor=floor) if is_due else None
 
     def count(self, *, floor: float) -> SkippedStep | None:

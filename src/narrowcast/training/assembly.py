@@ -7,8 +7,9 @@ the same fp32 weights, and the hashes in their records prove it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,21 +18,25 @@ from torch.optim import Optimizer
 
 from narrowcast import __version__
 from narrowcast.activations.rules import load_rounding_state, rounding_state
+from narrowcast.compiling import backend_named
 from narrowcast.data import BatchStream, evaluation_batches, to_device
 from narrowcast.engine.engine import Engine
+from narrowcast.engine.ranks import share
 from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import ParallelError, UsageError
-from narrowcast.parallel.peers import ALONE, Peers, Ranks
+from narrowcast.parallel.peers import ALONE, Peers
 from narrowcast.parallel.replicas import LossFunction, Replicas
+from narrowcast.parallel.shards import Shards
 from narrowcast.plan import Plan
 from narrowcast.policy import POLICIES
-from narrowcast.precision.cast import numeric_settings, torch_dtype
+from narrowcast.precision.cast import numeric_settings
 from narrowcast.randomness import isolated, seed_everything
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.training import checkpoint
 from narrowcast.training.determinism import thread_count
 from narrowcast.training.perturbation import perturb
+from narrowcast.training.sharded import own_part, write_shards
 from narrowcast.watch.watch import EVERY
 
 __all__ = [
@@ -69,14 +74,24 @@ class TrainOptions:
     """Allow deterministic kernels only, without which a resumed run cannot be exact."""
     watch: int = EVERY
     """Steps between looks at the values that cross module borders; 0: nothing is watched."""
+    compile: str = ""
+    """Backend of torch.compile for the model's calls; '': none."""
+    shadow: bool = False
+    """Hold the loss of these steps against what fp32 gives on the same weights and batch."""
 
     def __post_init__(self) -> None:
+        backend_named(self.compile)
         for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}", hint="it must be 1 or more")
         if self.watch < 0:
             raise UsageError(f"watch is {self.watch}", hint="it is a number of steps, 0 for never")
+        if self.shadow and not self.watch:
+            raise UsageError(
+                "a shadow in fp32 was asked for, and the watch is off",
+                hint="leave --watch at 100, or give the number of steps between two shadows",
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UsageError(f"clip_norm is {self.clip_norm}", hint="it must be greater than 0")
 
@@ -90,7 +105,7 @@ class Assembly:
     optimizer: Optimizer
     stream: BatchStream
     evaluation_data: Any
-    replicas: Replicas | None
+    replicas: Replicas | Shards | None
     """The model on several ranks."""
     peers: Peers
     initial_weights_hash: str
@@ -101,6 +116,28 @@ class Assembly:
     def compute_loss(self) -> LossFunction:
         """The recipe's loss; on several ranks with gradients that meet."""
         return (self.replicas or self.recipe).compute_loss
+
+    def own_part(self, state: dict[str, Any], directory: Path) -> dict[str, Any]:
+        """Return what of a saved state this process goes on with; all of it, if nothing is cut."""
+        if not isinstance(self.replicas, Shards):
+            return state
+        path = checkpoint.path_of(directory, state["step"])
+        return own_part(state, path, self.engine, self.replicas)
+
+    def share_out(self, state: dict[str, Any], directory: Path) -> dict[str, Any]:
+        """Return what one file is to hold of a state; ranks write their parts of it beside it."""
+        if not isinstance(self.replicas, Shards):
+            return state
+        path = checkpoint.path_of(directory, state["step"])
+        return write_shards(state, path, self.engine, self.replicas)
+
+    def measure(
+        self, function: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any
+    ) -> Any:
+        """Call a function of the model without gradients; on shards on all ranks at once."""
+        if isinstance(self.replicas, Shards):
+            return self.replicas.measure(function, model, batch)
+        return function(model, batch)
 
 
 def steps_of(recipe: Recipe, options: TrainOptions) -> int:
@@ -121,19 +158,16 @@ def assemble(
     stream of its own. Raises DataError for empty data, RecipeError for what the recipe does wrong,
     ParallelError if it builds other weights on another rank.
     """
+    if options.shadow and peers.cuts:
+        raise UsageError(
+            f"a shadow in fp32 needs whole weights, and of {peers.kind} a rank has a part of each",
+            hint="leave out --shadow, or use --parallel ddp",
+        )
     seed_everything(options.seed, "data")
     training_data, evaluation_data = recipe.load_data()
     seed_everything(options.seed, "model")
     model = recipe.build_model()
-    perturbation = ""
-    if options.perturb:
-        first = BatchStream(
-            training_data, recipe.batch_size, seed=options.seed, collate=recipe.collate
-        )
-        _, batch = next(first)
-        with numeric_settings(POLICIES["fp32"]):
-            on_cpu = to_device(batch, "cpu")
-            perturbation = perturb(model, recipe.compute_loss, on_cpu, seed=options.seed)
+    perturbation = _perturbed(recipe, model, training_data, options) if options.perturb else ""
     fingerprint = checkpoint.fingerprint(model.state_dict())
     _require_same_start(fingerprint, peers)
     model.to(device)
@@ -147,6 +181,7 @@ def assemble(
         clip_norm=options.clip_norm,
         device=device,
         peers=peers,
+        compile=options.compile,
     )
     stream = BatchStream(
         training_data,
@@ -163,20 +198,19 @@ def assemble(
         optimizer=optimizer,
         stream=stream,
         evaluation_data=evaluation_data,
-        replicas=_replicas(recipe, engine, peers),
+        replicas=share(engine, recipe.compute_loss, peers),
         peers=peers,
         initial_weights_hash=fingerprint,
         perturbation=perturbation,
     )
 
 
-def _replicas(recipe: Recipe, engine: Engine, peers: Peers) -> Replicas | None:
-    if not isinstance(peers, Ranks):
-        return None
-    reduce = torch_dtype(engine.policy.reduce)
-    return Replicas(
-        engine.model, recipe.compute_loss, peers, reduce=reduce, meets=engine.meets_next
-    )
+def _perturbed(recipe: Recipe, model: nn.Module, data: Any, options: TrainOptions) -> str:
+    """Move the weights by a few units in the last place; returns how."""
+    _, batch = next(BatchStream(data, recipe.batch_size, seed=options.seed, collate=recipe.collate))
+    with numeric_settings(POLICIES["fp32"]):
+        on_cpu = to_device(batch, "cpu")
+        return perturb(model, recipe.compute_loss, on_cpu, seed=options.seed)
 
 
 def stream_of(rank: int) -> str:
@@ -246,7 +280,7 @@ def identity_of(
     How often to evaluate, to save and to watch and whether to measure may differ: they change no
     bit of it.
     """
-    free = {"steps", "evaluate_every", "checkpoint_every", "measure", "watch"}
+    free = {"steps", "evaluate_every", "checkpoint_every", "measure", "watch", "shadow"}
     with thread_count(1):  # sums in data() may round by the number of threads
         data = data_digest(recipe, options.seed)
     return {

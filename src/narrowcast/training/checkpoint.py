@@ -26,6 +26,8 @@ from torch import Tensor
 
 from narrowcast.errors import CheckpointError
 from narrowcast.files import replacing
+from narrowcast.training.shard_files import remove_orphans
+from narrowcast.training.sharded import whole
 from narrowcast.training.state_tree import leaves, pack, unpack
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "load",
     "load_latest",
     "load_weights",
+    "path_of",
     "save",
     "save_weights",
 ]
@@ -65,10 +68,11 @@ def save(
     """
     data, tensors = pack(dict(state))
     body = json.dumps({"identity": dict(identity), "state": data}, allow_nan=False)
-    target = directory / _NAME.format(step)
+    target = path_of(directory, step)
     _write(target, tensors, _metadata(body, tensors))
     for old in checkpoints_in(directory)[:-keep]:
         old.unlink(missing_ok=True)
+    remove_orphans(directory)
     return target
 
 
@@ -78,8 +82,15 @@ def checkpoints_in(directory: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
-def load_latest(directory: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Load the newest checkpoint, verified.
+def path_of(directory: Path, step: int) -> Path:
+    """Return where `save` writes the checkpoint of a step."""
+    return directory / _NAME.format(step)
+
+
+def load_latest(
+    directory: Path, *, identity: Mapping[str, Any] | None = None, gather: bool = True
+) -> dict[str, Any]:
+    """Load the newest checkpoint, verified; see `load`.
 
     Raises CheckpointError if there is none, or if it is damaged: a crash cannot damage it, so the
     one before it is named but never taken in its place silently.
@@ -90,7 +101,7 @@ def load_latest(directory: Path, *, identity: Mapping[str, Any] | None = None) -
             f"{directory} holds no checkpoint", hint="leave out --resume to begin from step 0"
         )
     try:
-        return load(found[-1], identity=identity)
+        return load(found[-1], identity=identity, gather=gather)
     except _DamagedError as error:
         earlier = found[-2].name if len(found) > 1 else ""
         way_out = f"to continue from {earlier} instead" if earlier else "and begin again"
@@ -99,10 +110,14 @@ def load_latest(directory: Path, *, identity: Mapping[str, Any] | None = None) -
         ) from None
 
 
-def load(path: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def load(
+    path: Path, *, identity: Mapping[str, Any] | None = None, gather: bool = True
+) -> dict[str, Any]:
     """Load one checkpoint after verifying format, digest and, if given, identity.
 
-    Every tensor is a fresh copy on the CPU. Raises CheckpointError, naming file and difference.
+    Every tensor is a fresh copy on the CPU. What ranks have written as shards is put together, or
+    without `gather` left to ``sharded.own_part``. Raises CheckpointError, naming file and
+    difference.
     """
     metadata, tensors = _read(path)
     if _VERSION_KEY not in metadata:
@@ -125,7 +140,7 @@ def load(path: Path, *, identity: Mapping[str, Any] | None = None) -> dict[str, 
     if identity is not None:
         _compare_identity(path, document["identity"], identity)
     state: dict[str, Any] = unpack(document["state"], tensors)
-    return state
+    return whole(state, path) if gather else state
 
 
 def save_weights(path: Path, weights: Mapping[str, Any], *, made: Collection[str] = ()) -> None:

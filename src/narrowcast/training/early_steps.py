@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from narrowcast.engine.engine import Engine
 from narrowcast.memory.measure import MemoryLedger
+from narrowcast.parallel.replicas import Replicas
 from narrowcast.precision.executed import ExecutedDtypes, honoured
 from narrowcast.precision.functions import unused_functions
 from narrowcast.precision.islands import unused_islands
@@ -34,12 +35,21 @@ class EarlySteps:
     """The measurements of one run; a run of fewer steps is measured on its last."""
 
     def __init__(
-        self, engine: Engine, optimizer: Optimizer, *, steps: int, dtypes: bool, memory: bool
+        self,
+        engine: Engine,
+        optimizer: Optimizer,
+        replicas: object = None,
+        *,
+        steps: int,
+        dtypes: bool,
+        memory: bool,
     ) -> None:
         self._engine = engine
         self._optimizer = optimizer
+        self._replicas = replicas
         self._dtypes_at = {min(DTYPES_AT, steps), steps} if dtypes else set()
-        self._memory_at = min(MEMORY_AT, steps) if memory else 0
+        # No ledger sees what compiled code allocates.
+        self._memory_at = min(MEMORY_AT, steps) if memory and engine.compiled is None else 0
         self._dtypes = ExecutedDtypes()
         self._widened_before: int | None = None
         """What the chunked loss had widened when the watched step began."""
@@ -55,13 +65,16 @@ class EarlySteps:
             return nullcontext()
         model, device = self._engine.model, self._engine.device
         self._ledger = MemoryLedger(model, self._optimizer, device=device)
+        if isinstance(self._replicas, Replicas):
+            self._ledger.gradients(self._replicas.buckets())
         return self._ledger
 
     def dtypes(self, step: int) -> AbstractContextManager[object]:
         """Return what to put round forward and backward of each micro-batch of a step."""
         if step in self._dtypes_at and self._widened_before is None:
             self._widened_before = self._engine.levers.widened_products()
-        return self._dtypes if step in self._dtypes_at else nullcontext()
+        watches = step in self._dtypes_at and self._engine.compiled is None
+        return self._dtypes if watches else nullcontext()
 
     def inputs(self, batch: Any) -> None:
         """Tell the ledger, if one is open, which tensors are the batch."""
@@ -90,13 +103,15 @@ class EarlySteps:
         Each step is judged alone: joined, what a late one executed in fp32 could pass for the
         share of modules that are kept so.
         """
-        counts = self._dtypes.counts
-        model = self._engine.model
-        unused = unused_islands(model, self._dtypes.has_read) | unused_functions(model)
+        model, seen = self._engine.model, self._engine.compiled or self._dtypes
+        counts = seen.counts
+        unused = unused_islands(model, seen.has_read) | unused_functions(model)
         self._dtypes = ExecutedDtypes()
         widened = self._engine.levers.widened_products() - (self._widened_before or 0)
         self._widened_before = None
         is_honoured, notes = honoured(self._engine.policy, counts, unused, widened=widened)
+        if self._engine.compiled is not None:
+            notes = (*notes, "counted in the graphs that were compiled, once each")
         if record.precision_honoured is not None and notes != record.precision_notes:
             notes = (*record.precision_notes, *(f"on step {step}: {note}" for note in notes))
         return replace(

@@ -48,6 +48,14 @@ __all__ = ["evaluate_model", "evaluate_weights", "restored_notes"]
 _EXTRA_STATE = torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
+Call = Callable[[Callable[[nn.Module, Any], Any], nn.Module, Any], Any]
+"""Calls a function of model and batch."""
+
+
+def _directly(function: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> Any:
+    return function(model, batch)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
     """Sums over samples, in fp64 on the CPU."""
@@ -78,13 +86,14 @@ def evaluate_model(
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     peers: Peers = ALONE,
+    call: Call = _directly,
 ) -> tuple[Evaluation, ...]:
     """Evaluate in fp32 and, where that is something else, in the policy's precision.
 
     Metric "loss" always exists: the recipe's loss, averaged over samples. The samples are hashed on
     the way (see ``Evaluation.data_hash``). Returns nothing if asked to stop on the way. Several
-    ranks share the batches, and each adds all of them up, in their order. Raises DataError for an
-    empty dataset.
+    ranks share the batches, and each adds all of them up, in their order; `call` is how a function
+    of the model is called where its weights are shared too. Raises DataError for an empty dataset.
     """
     precisions: tuple[Literal["fp32", "training"], ...] = ("fp32", "training")
     if engine.policy.compute == "fp32":
@@ -95,14 +104,16 @@ def evaluate_model(
     for precision in precisions:
         own: list[_Batch] = []
         with isolated(seed, "evaluation"), engine.evaluating(precision) as label:
-            for ids, batch in evaluation_batches(dataset, recipe.batch_size, recipe.collate, share):
+            turns = evaluation_batches(dataset, recipe.batch_size, recipe.collate, share)
+            for ids, batch in turns:
                 if should_stop():
                     return ()
                 # The second pass sees the same samples.
                 digest = "" if found else batch_digest(batch)
                 on_device = to_device(batch, engine.device)
-                values = _measure(recipe, engine.model, on_device, len(ids))
+                values = _measure(recipe, engine.model, on_device, len(ids), call)
                 own.append(_Batch(len(ids), values, digest))
+            _keep_company(recipe, engine, dataset, taken=len(own), peers=peers, call=call)
         sums = _Sums()
         for each in _in_order(peers.gather(own)):
             samples.update(each.digest.encode())
@@ -233,11 +244,27 @@ def _load_notes(adopted: Sequence[str], kept: Mapping[str, Any]) -> Iterator[str
         )
 
 
-def _measure(recipe: Recipe, model: nn.Module, batch: Any, examples: int) -> dict[str, float]:
+def _keep_company(
+    recipe: Recipe, engine: Engine, dataset: Any, *, taken: int, peers: Peers, call: Call
+) -> None:
+    """Compute once more, for nothing, where others have a batch and this rank's are used up.
+
+    Without its part of the weights they could not.
+    """
+    turns = -(-len(dataset) // (recipe.batch_size * peers.size))
+    if not peers.cuts or taken == turns:
+        return
+    ids, batch = next(evaluation_batches(dataset, recipe.batch_size, recipe.collate))
+    _measure(recipe, engine.model, to_device(batch, engine.device), len(ids), call)
+
+
+def _measure(
+    recipe: Recipe, model: nn.Module, batch: Any, examples: int, call: Call
+) -> dict[str, float]:
     """Return the sums of one batch's metrics over its samples."""
-    metrics = recipe.compute_metrics(model, batch)
+    metrics = call(recipe.compute_metrics, model, batch)
     if "loss" not in metrics:
-        metrics = {**metrics, "loss": recipe.compute_loss(model, batch)}
+        metrics = {**metrics, "loss": call(recipe.compute_loss, model, batch)}
     return {name: _sum_over(name, value, examples) for name, value in metrics.items()}
 
 

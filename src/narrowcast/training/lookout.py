@@ -1,7 +1,7 @@
 """The watch over one run: what it adds to the record, and what it says when the training fails.
 
 A training that gives up says where its last step first went wrong, and the command that finds out
-why. One whose loss has risen above its beginning goes on, and says so once.
+why. One whose loss has risen above its beginning, or is not fp32's, goes on, and says so once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from narrowcast.watch.watch import Watch
 __all__ = ["Lookout", "NoLookout", "diagnose_command", "lookout_for"]
 
 
+# Symptoms of a run that goes on; each is told once.
+_TOLD = ("loss above its beginning", "loss far off fp32")
+
+
 class NoLookout:
     """Watches nothing."""
 
@@ -46,8 +50,9 @@ class Lookout:
 
     def __init__(self, parts: Assembly, options: TrainOptions) -> None:
         self._parts, self._options = parts, options
-        self._watch = Watch(parts.engine, every=options.watch)
-        self._has_told = False
+        shadow = parts.recipe.compute_loss if options.shadow else None
+        self._watch = Watch(parts.engine, every=options.watch, shadow=shadow)
+        self._told: set[str] = set()
         self.notes = self._watch.notes
 
     def around(self, part: Any, *, sample: bool) -> AbstractContextManager[object]:
@@ -66,9 +71,9 @@ class Lookout:
             said = (taken.error.hint, self._place(), next_step)
             taken.error.hint = "; ".join(part for part in said if part)
             return ""
-        if failure is None or failure.symptom != "loss above its beginning" or self._has_told:
+        if failure is None or failure.symptom not in _TOLD or failure.symptom in self._told:
             return ""
-        self._has_told = True
+        self._told.add(failure.symptom)
         command = diagnose_command(self._parts, self._options, steps=failure.step)
         return f"{failure.words}: `{command}` tells whether the precision is why"
 
@@ -80,7 +85,12 @@ class Lookout:
         return replace(record, watched_at=self._watch.sampled_at, watched=seen)
 
     def _place(self) -> str:
-        """Say where the last step first went wrong; '' where it does not show at a border."""
+        """Say where the last step first went wrong; '' where it does not show at a border.
+
+        Of shards a rank cannot take a step again by itself.
+        """
+        if self._parts.peers.cuts:
+            return ""
         failure = self._watch.failure
         for moment in failure.moments if failure is not None else ():
             try:

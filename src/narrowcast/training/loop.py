@@ -26,13 +26,14 @@ import torch
 
 from narrowcast.data import split_batch, to_device
 from narrowcast.errors import NarrowcastError, PrecisionError, RunDirectoryError
-from narrowcast.precision.device import environment, warnings_before_run
+from narrowcast.precision.device import warnings_before_run
 from narrowcast.randomness import isolated
 from narrowcast.records.codec import from_json, to_json
 from narrowcast.records.run import RunRecord, Status, StepPoint
 from narrowcast.training import checkpoint
 from narrowcast.training.assembly import Assembly, TrainOptions, round_apart, steps_of
 from narrowcast.training.budget import budget_not_kept
+from narrowcast.training.compilation import compiled_in_part, with_compilation
 from narrowcast.training.early_steps import EarlySteps, PeakMemory
 from narrowcast.training.evaluation import evaluate_model, restored_notes
 from narrowcast.training.events import Ended, Notice, Observer, Saved, Started
@@ -49,6 +50,7 @@ from narrowcast.training.ranks import (
     NoMetrics,
     gathered_streams,
     kind_of,
+    moved_notes,
     require_same_weights,
     restore_streams,
     resumed_record,
@@ -86,6 +88,7 @@ class Run:
         self.early = EarlySteps(
             parts.engine,
             parts.optimizer,
+            parts.replicas,
             steps=self.steps,
             dtypes=options.measure,
             memory=options.measure,
@@ -116,6 +119,7 @@ class Run:
 
     def go_on(self, state: dict[str, Any]) -> None:
         """Start where a checkpoint was written."""
+        state = self.parts.own_part(state, self.place.checkpoints)
         load_model_state(self.engine.model, state, self.engine.device)
         self.engine.load_state_dict(state["engine"])
         round_apart(self.engine.model, self.peers.rank)
@@ -129,16 +133,10 @@ class Run:
         if self.peers.is_main:
             self.metrics = MetricsLog(self.place.metrics_path, position=state["metrics_bytes"])
             self.progress = Progress.of(self.place.read_metrics())
-        there, here = record.environment, environment(self.engine.device)
-        for what in ("device_name", "platform", "commit"):
-            before, now = getattr(there, what), getattr(here, what)
-            if before != now:
-                self.notice(
-                    f"{what} was {before!r} and is {now!r} from step {self.step} on: "
-                    "what rounds differently there makes the run another one"
-                )
+        for text in moved_notes(record.environment, self.engine.device, self.step):
+            self.notice(text)
         self._write_record()  # a reader sees at once that it is running again
-        told = restore_streams(state, self.peers, seed=self.options.seed)
+        told = restore_streams(state, self.peers, seed=self.options.seed, kind=record.parallel)
         if told:
             self.notice(told)
 
@@ -155,7 +153,7 @@ class Run:
                 if finished:
                     self._export()
                     self._warn_of_nonfinite_metrics()
-                    self._tell_of_budget()
+                    self._tell_what_was_not_kept()
                 self._conclude("finished" if finished else "interrupted")
         except KeyboardInterrupt:
             self._conclude_as_well_as_possible("interrupted", "")
@@ -208,6 +206,7 @@ class Run:
             seed=self.options.seed,
             should_stop=should_stop if self.peers.size == 1 else lambda: False,
             peers=self.peers,
+            call=self.parts.measure,
         )
         if self.parts.replicas is not None:
             self.parts.replicas.renew()
@@ -308,17 +307,18 @@ class Run:
             require_same_weights(self.engine.model, self.peers, self.step)
             self.record = with_peaks(self.record, self.peers)
             streams = gathered_streams(self.peers)
-            if self.peers.is_main:
-                self._write_checkpoint(streams)
+            self._write_checkpoint(streams)
             self.peak.forget()
             self.saved = state_now
         self._write_record()
 
     def _write_checkpoint(self, streams: dict[str, Any]) -> None:
-        state = self._state() | streams
         place = self.place.checkpoints
-        path = checkpoint.save(place, state, step=self.step, identity=self.identity)
-        self.observe(Saved(step=self.step, path=path))
+        if self.peers.is_main or self.peers.cuts:
+            state = self.parts.share_out(self._state() | streams, place)
+        if self.peers.is_main:
+            path = checkpoint.save(place, state, step=self.step, identity=self.identity)
+            self.observe(Saved(step=self.step, path=path))
 
     def _write_record(self) -> None:
         if self.peers.is_main:
@@ -346,7 +346,8 @@ class Run:
             data_order_hash=self.parts.stream.order_hash,
             **self.progress.summary(samples_a_step=self.record.batch_size * self.record.accumulate),
         )
-        self.record = self.peak.add_to(self.lookout.add_to(record))
+        record = self.peak.add_to(self.lookout.add_to(record))
+        self.record = with_compilation(record, self.engine)
 
     def _export(self) -> None:
         """Write the final weights; raises PrecisionError if no step ever changed them."""
@@ -357,9 +358,10 @@ class Run:
                 f"at loss scale {last.loss_scale:g}",
                 hint="train for more steps, so that the loss scale can come down, or in bf16",
             )
+        # Of shards all ranks have to give theirs.
+        weights = self.engine.weights() if self.peers.is_main or self.peers.cuts else {}
         if not self.peers.is_main:
             return
-        weights = self.engine.weights()
         checkpoint.save_weights(
             self.place.weights_path,
             weights,
@@ -374,9 +376,8 @@ class Run:
                 figures = ", ".join(f"{name} = {evaluation.metrics[name]}" for name in bad)
                 self.notice(f"the final evaluation in {evaluation.precision} gave {figures}")
 
-    def _tell_of_budget(self) -> None:
-        told = budget_not_kept(self.record)
-        if told:
+    def _tell_what_was_not_kept(self) -> None:
+        for told in filter(None, (budget_not_kept(self.record), compiled_in_part(self.engine))):
             self.notice(told)
 
     def _conclude(self, status: Status, failure: str = "") -> None:

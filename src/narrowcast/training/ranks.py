@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from narrowcast.errors import ParallelError
 from narrowcast.parallel.failures import PeerFailed
 from narrowcast.parallel.peers import Peers
+from narrowcast.parallel.shards import is_shared
+from narrowcast.precision.device import environment
 from narrowcast.randomness import random_state, restore_random_state, seed_everything
-from narrowcast.records.run import Evaluation, RunRecord, StepPoint
+from narrowcast.records.run import Environment, Evaluation, RunRecord, StepPoint
 from narrowcast.training import checkpoint
 from narrowcast.training.assembly import Assembly, stream_of
 
@@ -24,6 +27,7 @@ __all__ = [
     "NoMetrics",
     "gathered_streams",
     "kind_of",
+    "moved_notes",
     "require_same_weights",
     "restore_streams",
     "resumed_record",
@@ -62,9 +66,30 @@ def shared_notes(parts: Assembly) -> tuple[str, ...]:
 
 
 def resumed_record(record: RunRecord, step: int, peers: Peers) -> RunRecord:
-    """Return the record of a run that goes on after this step, on these ranks."""
-    resumed_at = (*record.resumed_at, step)
-    return replace(record, resumed_at=resumed_at, parallel=peers.kind, ranks=peers.size)
+    """Return the record of a run that goes on after this step, on these ranks.
+
+    A peak that was measured on others is not this one's.
+    """
+    resumed_at, own = (*record.resumed_at, step), record.peak_bytes
+    if (record.parallel, record.ranks) != (peers.kind, peers.size):
+        record = replace(record, rank_peak_bytes=())
+        own = None
+    elif record.rank_peak_bytes:
+        own = record.rank_peak_bytes[peers.rank]
+    return replace(
+        record, resumed_at=resumed_at, peak_bytes=own, parallel=peers.kind, ranks=peers.size
+    )
+
+
+def moved_notes(before: Environment, device: torch.device, step: int) -> tuple[str, ...]:
+    """Say where a run goes on in other surroundings than those that its record tells of."""
+    now = environment(device)
+    return tuple(
+        f"{what} was {getattr(before, what)!r} and is {getattr(now, what)!r} from step {step} on: "
+        "what rounds differently there makes the run another one"
+        for what in ("device_name", "platform", "commit")
+        if getattr(before, what) != getattr(now, what)
+    )
 
 
 def kind_of(error: BaseException) -> str:
@@ -78,9 +103,10 @@ def gathered_streams(peers: Peers) -> dict[str, Any]:
     return {"random": own} | ({_OTHERS: others} if others else {})
 
 
-def restore_streams(state: dict[str, Any], peers: Peers, *, seed: int) -> str:
+def restore_streams(state: dict[str, Any], peers: Peers, *, seed: int, kind: str) -> str:
     """Set this rank's random states to the saved ones; returns what is to be said of it.
 
+    `kind` is how the ranks that saved them shared the work.
     A rank that the saved run did not have gets a stream that begins at this step.
     """
     streams = [state["random"], *state.get(_OTHERS, ())]
@@ -88,20 +114,34 @@ def restore_streams(state: dict[str, Any], peers: Peers, *, seed: int) -> str:
         restore_random_state(streams[peers.rank])
     else:
         seed_everything(seed, f"{stream_of(peers.rank)} from step {state['step']} on")
-    if len(streams) == peers.size:
+    if len(streams) == peers.size and kind == peers.kind:
         return ""
+    if len(streams) == peers.size:
+        return (
+            f"the run was saved by {peers.size} ranks with {kind} and goes on with {peers.kind} "
+            f"from step {state['step']} on, whose sums may associate otherwise"
+        )
     return (
-        f"the run was saved by {len(streams)} ranks and goes on with {peers.size} from step "
+        f"the run was saved by {_counted(len(streams))} and goes on with {peers.size} from step "
         f"{state['step']} on: the same samples in the same batches, but sums associate otherwise, "
         "and random numbers differ"
     )
 
 
+def _counted(ranks: int) -> str:
+    return f"{ranks} rank{'s' if ranks > 1 else ''}"
+
+
 def require_same_weights(model: nn.Module, peers: Peers, step: int) -> None:
-    """Raise ParallelError unless every rank holds the same weights, bit for bit."""
+    """Raise ParallelError unless every rank holds the same weights, bit for bit.
+
+    Of shards only those that are not cut can be compared.
+    """
     if peers.size == 1:
         return
-    own = checkpoint.fingerprint({name: p.detach() for name, p in model.named_parameters()})
+    own = checkpoint.fingerprint(
+        {n: p.detach() for n, p in model.named_parameters() if not is_shared(p)}
+    )
     hashes = peers.gather(own)
     differing = [rank for rank, other in enumerate(hashes) if other != hashes[0]]
     if differing:

@@ -72,7 +72,7 @@ def train(
         is_main = together is None or together.is_main
         warnings = stack.enter_context(place.lock()) if is_main else ()
         identity = identity_of(recipe, plan, options, device)
-        saved = _saved_state(place, identity, is_main=is_main) if resume else None
+        saved = _saved_state(place, identity, together) if resume else None
         if not resume and is_main:
             place.refuse_another_run()
         peers = stack.enter_context(_met(together, identity, options, saved, device))
@@ -118,12 +118,13 @@ def _met(
 
 
 def _saved_state(
-    place: RunDirectory, identity: dict[str, Any], *, is_main: bool
+    place: RunDirectory, identity: dict[str, Any], together: Together | None
 ) -> dict[str, Any] | None:
     """Load the newest checkpoint, or None where no run has begun, or none got as far as that."""
     if checkpoint.checkpoints_in(place.checkpoints):
-        return checkpoint.load_latest(place.checkpoints, identity=identity)
-    if not is_main:
+        gather = together is None or not together.cuts
+        return checkpoint.load_latest(place.checkpoints, identity=identity, gather=gather)
+    if together is not None and not together.is_main:
         return None
     if place.holds_a_run():
         _require_unbegun(place, identity)

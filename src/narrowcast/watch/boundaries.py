@@ -24,16 +24,7 @@ from narrowcast.ranges.what_if import merged, scaled
 from narrowcast.records.diagnosis import ModuleRange, Phase
 from narrowcast.records.ranges import TensorRange
 
-__all__ = ["Boundaries", "is_compiled"]
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether the model or a module of it runs as compiled code, which calls no hooks inside."""
-    return any(
-        type(module).__name__ == "OptimizedModule"
-        or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
+__all__ = ["Boundaries"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +49,7 @@ class Boundaries:
         self._hooks: list[Any] = []
         self._seen: dict[Phase, list[_Seen]] = {"forward": [], "backward": []}
         self._last: tuple[weakref.ref[Tensor], int, _Seen] | None = None
-        self._last_gradients: tuple[weakref.ref[Tensor], list[str]] | None = None
+        self._last_gradients: tuple[weakref.ref[Tensor], int, list[str]] | None = None
 
     def __enter__(self) -> Self:
         self._hooks = [
@@ -126,13 +117,16 @@ class Boundaries:
         self._last = weakref.ref(output), _version(output), seen
 
     def _await_gradient(self, name: str, output: Tensor) -> None:
-        if self._last_gradients is not None and self._last_gradients[0]() is output:
-            self._last_gradients[1].append(name)
-            return
+        if self._last_gradients is not None:
+            last, version, names = self._last_gradients
+            # Written into since, as by ReLU(inplace=True), it has a gradient of its own.
+            if last() is output and version == _version(output):
+                names.append(name)
+                return
         names = [name]
         hook = output.register_hook(self._gradient_hook(names))  # type: ignore[no-untyped-call]
         self._hooks.append(hook)
-        self._last_gradients = weakref.ref(output), names
+        self._last_gradients = weakref.ref(output), _version(output), names
 
     def _gradient_hook(self, names: list[str]) -> Callable[[Tensor], None]:
         scale = 1.0 if self._scale is None else self._scale

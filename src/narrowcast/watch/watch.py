@@ -18,20 +18,23 @@ the symptoms of failing, from figures that each step leaves behind. Nothing of i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves  # torch's only walker of nests
 
+from narrowcast.compiling import is_compiled
 from narrowcast.engine.engine import Engine, StepReport
 from narrowcast.errors import UsageError
 from narrowcast.records.diagnosis import ModuleRange
 from narrowcast.replay.moment import Moment
+from narrowcast.replay.step import reference_loss
 from narrowcast.scaling.scales import DynamicScale
-from narrowcast.watch.boundaries import Boundaries, is_compiled
+from narrowcast.watch.boundaries import Boundaries
 from narrowcast.watch.failure import Failure, LossLevel, Symptom, is_far_off, skip_symptom
 from narrowcast.watch.snapshots import Snapshots
 
@@ -61,6 +64,10 @@ class Watch:
     The last `keep` steps can be replayed: their batches are held by reference, those before the
     newest only up to 16 MiB. `optimizer` names one where the engine has several. A compiled model
     is not looked into, which `notes` says.
+
+    With `shadow`, ``compute_loss(model, batch)``, each step whose values are looked at is preceded
+    by a forward pass in fp32 on the same weights, batch and random numbers, and `after` holds the
+    loss that it is given against that one.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class Watch:
         every: int = EVERY,
         keep: int = KEEP,
         optimizer: str | None = None,
+        shadow: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
         for name, value, least in (("every", every, 0), ("keep", keep, 1)):
             if not isinstance(value, int) or value < least:
@@ -83,6 +91,9 @@ class Watch:
         """The newest step whose values were looked at; 0 before the first."""
         self.notes = (_COMPILED,) if every and is_compiled(engine.model) else ()
         self._every, self._keep, self._name = every, keep, optimizer
+        self._shadow = shadow
+        self._shadows: list[float] = []
+        """What fp32 gave for each micro-batch of the step under way."""
         self._rounds = bool(Moment.of(engine, None, 0, name=optimizer).roundings)
         self._snapshots = Snapshots()
         self._moments: deque[Moment] = deque()
@@ -123,6 +134,10 @@ class Watch:
                 step=self._step, batch=batch, random=random, scales=scales, micro_batch=place
             )
         self._hold(moment)
+        if is_first:
+            self._shadows = []
+        if sample and self._shadow is not None and self._is_due():
+            self._shadows.append(reference_loss(engine, self._shadow, moment))
         if samples:
             self._open = Boundaries(engine.model, _common(moment.scales))
             self._open.__enter__()
@@ -150,8 +165,9 @@ class Watch:
         """Look at how a step ended; return what it is a symptom of, as `failure` does.
 
         `report` is `engine.step`'s; without it the engine is asked whether the step was skipped.
-        With `loss`, on the host, its level is followed; with `shadow`, the loss that fp32 gave on
-        the same batch and weights, the two are compared.
+        With `loss`, on the host (of all micro-batches the mean), its level is followed; with
+        `shadow`, the loss that fp32 gave on the same batch and weights, the two are compared. It is
+        taken by itself where the watch was made with a function for it.
         """
         if report is not None and not report.complete:
             return None
@@ -160,6 +176,8 @@ class Watch:
         if report is None or not self._moments:
             return None
         self._row = 0 if report.applied else self._row + 1
+        if shadow is None and self._shadows:
+            shadow = fmean(self._shadows)
         symptom, words = self._symptom(report, loss, shadow)
         self.failure = None
         if symptom is not None:

@@ -1,0 +1,385 @@
+"""FSDP2: every rank holds a part of each weight, and has a block whole only while it computes.
+
+torch's `fully_shard` cuts each parameter along its first dimension, gathers a block's before the
+block runs, forward and backward, and adds up its gradients right after. Here it is put on the
+repeated blocks, on large modules whose weights have another format than the model's (fp32 islands),
+and on the loss with the model inside of it: a loss may then call any method of the model.
+
+    module        p: DTensor over all ranks          what autograd, ledger and names know
+    optimizer     p: this rank's rows, plain         the same memory, stepped as any tensor
+
+Gradients meet in the policy's reduction format and are added, not averaged, as in ``replicas``.
+Parameters without dimensions cannot be cut, and small ones of another format are not worth it:
+every rank holds them, and the engine adds up their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from narrowcast.errors import UsageError
+from narrowcast.parallel.buffers import SharedBuffers
+from narrowcast.parallel.peers import Ranks
+from narrowcast.parallel.scattering import AddedInPlace
+
+# What torch has for this takes a second and 45 MB to import, which a process that is alone saves.
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["Piece", "Shards", "is_shared", "rows_of"]
+
+LossFunction = Callable[[nn.Module, Any], Any]
+Master = Callable[[Tensor], Tensor]
+"""From this rank's part of a parameter to its fp32 values."""
+
+
+# Elements of a parameter that is not worth a message of its own. It is also what ``optim.states``
+# takes for small, for reasons of its own.
+_SMALL = 4096
+
+# Its newer name; the older one warns where there is the newer (torch 2.13).
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which every rank holds a part."""
+    return hasattr(tensor, "device_mesh")
+
+
+def rows_of(rows: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Return first row and number of rows that `fully_shard` gives a rank; late ones may get 0."""
+    each = -(-rows // ranks)
+    first = min(rank * each, rows)
+    return first, min(each, rows - first)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """One rank's part of a parameter, as the model and as the optimizer holds it."""
+
+    name: str
+    shared: nn.Parameter
+    """The model's parameter, a DTensor."""
+    own: nn.Parameter
+    """The same memory as a plain parameter; the optimizer's."""
+    shape: torch.Size
+    """Of the whole."""
+    first: int
+    """Number of its first row."""
+
+    @property
+    def start(self) -> int:
+        """How many elements of the whole come before it."""
+        return self.first * (self.shape.numel() // max(self.shape[0], 1))
+
+
+class _Call(nn.Module):
+    """A function of model and batch as a module, so that FSDP2 sees where it begins and ends."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: LossFunction, batch: Any) -> Any:
+        return function(self.model, batch)
+
+
+class Shards:
+    """A model of which every rank holds a part, and the loss whose gradients meet."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compute_loss: LossFunction,
+        ranks: Ranks,
+        *,
+        blocks: Collection[str],
+        reduce: torch.dtype,
+        meets: Callable[[], bool],
+    ) -> None:
+        """`blocks` are gathered one at a time; `reduce` is the format of sums of gradients.
+
+        `meets` says if the pass to come ends a step. The parameters of the model become others:
+        see `pieces`.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        _require_shardable(model)
+        self.ranks = ranks
+        self.reduce = reduce
+        """Format in which gradients are added up."""
+        self._meets = meets
+        self._compute_loss = compute_loss
+        self._buffers = SharedBuffers(model, ranks)
+        device = next(model.parameters()).device
+        self._mesh = init_device_mesh(device.type, (ranks.size,))
+        before = dict(model.named_parameters())
+        self._root = _sharded(model, blocks, self._mesh, reduce)
+        self.pieces = tuple(self._pieces(model, before))
+        by_id = {id(piece.shared): piece for piece in self.pieces}
+        self.named = {
+            name: by_id[id(p)]
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if id(p) in by_id
+        }
+        """Each piece under all the names that the model has for it."""
+        self.parts: dict[Tensor, Tensor] = {before[piece.name]: piece.own for piece in self.pieces}
+        """From the parameters that the model had to the parts that the optimizer is to have."""
+        self.uncut = [(name, p) for name, p in model.named_parameters() if not is_shared(p)]
+        """Parameters that every rank holds whole, by name."""
+        self._syncs = True
+
+    def _pieces(self, model: nn.Module, before: dict[str, nn.Parameter]) -> Iterator[Piece]:
+        for name, parameter in model.named_parameters():
+            if not is_shared(parameter):
+                continue
+            own = nn.Parameter(
+                cast("DTensor", parameter).to_local().detach(),
+                requires_grad=parameter.requires_grad,
+            )
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                _handing_over_to(own)
+            )
+            shape = before[name].shape
+            first, _ = rows_of(shape[0], self.ranks.rank, self.ranks.size)
+            yield Piece(
+                name=name,
+                shared=parameter,
+                own=own,
+                shape=shape,
+                first=first,
+            )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.ranks.is_main
+
+    def buckets(self) -> list[Tensor]:
+        """Return what gradients lie in, other than themselves: nothing."""
+        return []
+
+    def compute_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return this rank's loss; its backward pass adds up gradients if it ends a step."""
+        meets = self._meets()
+        if meets is not self._syncs:
+            self._root.set_requires_gradient_sync(meets)
+            self._syncs = meets
+        if meets:
+            self._buffers.share()
+        loss: Tensor = self._root(self._compute_loss, batch)
+        return loss
+
+    def measure(self, function: LossFunction, model: nn.Module, batch: Any) -> Any:
+        """Return what a function of the model gives without gradients; every rank has to ask."""
+        try:
+            return self._root(function, batch)
+        finally:
+            # What no backward pass follows would stay gathered, and not follow the next step.
+            self._root.reshard()
+
+    def whole(self, piece: Piece, own: Tensor) -> Tensor:
+        """Return the whole of which every rank passes its own part, on every rank."""
+        rows = -(-piece.shape[0] // self.ranks.size)
+        padded = own.new_zeros((rows, *piece.shape[1:]))
+        padded[: own.shape[0]].copy_(own)
+        gathered = own.new_empty((rows * self.ranks.size, *piece.shape[1:]))
+        _ALL_GATHER(gathered, padded)
+        return gathered[: piece.shape[0]]
+
+    def as_shared(self, shape: torch.Size, own: Tensor) -> DTensor:
+        """Return rows of this rank as part of a whole of `shape`."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            own, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+        )
+
+    @contextmanager
+    def widened(self, master: Master) -> Iterator[None]:
+        """Let each block compute from its fp32 masters, gathered when it is called.
+
+        Costs the fp32 size of a block beside its own; those of the root as long as it computes.
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        pieces = {id(piece.shared): piece for piece in self.pieces}
+        handles = []
+        for unit in [m for m in self._root.modules() if isinstance(m, FSDPModule)]:
+            slots = list(_slots(cast("nn.Module", unit), pieces))
+            if all(each.own.element_size() >= 4 for _, _, each in slots):
+                continue
+            wide = _Wide(self, slots, master)
+            module = cast("nn.Module", unit)
+            handles.append(module.register_forward_pre_hook(wide.enter))
+            handles.append(module.register_forward_hook(wide.leave, prepend=True, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def renew(self) -> None:
+        """Nothing has to be done once an evaluation has ended; see ``Replicas.renew``."""
+
+
+Slot = tuple[nn.Module, str, Piece]
+
+
+class _Wide:
+    """Puts fp32 masters in the place of one unit's gathered weights while it computes."""
+
+    def __init__(self, shards: Shards, slots: list[Slot], master: Master) -> None:
+        self._shards = shards
+        self._slots = slots
+        self._master = master
+        self._narrow: list[nn.Parameter | None] = []
+
+    def enter(self, *_: object) -> None:
+        self._narrow = [module._parameters[leaf] for module, leaf, _ in self._slots]
+        known: dict[int, nn.Parameter] = {}  # a tied weight is gathered once
+        for module, leaf, piece in self._slots:
+            if id(piece) not in known:
+                whole = self._shards.whole(piece, self._master(piece.own))
+                known[id(piece)] = nn.Parameter(whole, requires_grad=False)
+            module._parameters[leaf] = known[id(piece)]
+
+    def leave(self, *_: object) -> None:
+        for slot, narrow in zip(self._slots, self._narrow, strict=False):
+            slot[0]._parameters[slot[1]] = narrow
+        self._narrow = []
+
+
+def _slots(unit: nn.Module, pieces: dict[int, Piece]) -> Iterator[Slot]:
+    """Yield the places of the parameters that a unit gathers: not those of units inside of it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    stack = [unit]
+    while stack:
+        module = stack.pop()
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in pieces:
+                yield module, leaf, pieces[id(parameter)]
+        stack.extend(child for child in module.children() if not isinstance(child, FSDPModule))
+
+
+def _handing_over_to(own: nn.Parameter) -> Callable[[Tensor], None]:
+    """Return the hook that gives a gradient that has met to the optimizer's parameter."""
+
+    def hand_over(shared: Tensor) -> None:
+        gradient = cast("DTensor", shared.grad)._local_tensor
+        shared.grad = None
+        own.grad = gradient if own.grad is None else own.grad.add_(gradient)
+        # torch calls the hooks of parameters that autograd reaches, and this one it does not.
+        for hook in (own._post_accumulate_grad_hooks or {}).values():
+            hook(own)
+
+    return hand_over
+
+
+def _sharded(
+    model: nn.Module, blocks: Collection[str], mesh: DeviceMesh, reduce: torch.dtype
+) -> Any:
+    """Put `fully_shard` on islands of another dtype, on blocks, and on the call round all."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    root = _Call(model)
+    usual = _usual_dtype(model)
+    uncut = _uncut(model, usual)
+    shared_out = {name: _shared_with_outside(model, name) for name in blocks}
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+
+    def shard(modules: list[nn.Module], ignored: set[nn.Parameter]) -> FSDPModule:
+        units: list[FSDPModule] = fully_shard(
+            modules, mesh=mesh, mp_policy=policy, ignored_params=ignored | uncut
+        )
+        unit = units[0]  # they have one state
+        # Added, not averaged, and by one operation that gloo has too.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+        if mesh.device_type == "cpu":
+            unit.set_custom_reduce_scatter(cast("Any", AddedInPlace()))
+        return unit
+
+    for island in _islands(model, usual, uncut):
+        shard(island, set())
+    for name in blocks:
+        shard([model.get_submodule(name)], shared_out[name])
+    return shard([root], set())
+
+
+def _usual_dtype(model: nn.Module) -> torch.dtype:
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _uncut(model: nn.Module, usual: torch.dtype) -> set[nn.Parameter]:
+    """Return the parameters that every rank holds whole.
+
+    Those without dimensions, and those of norms and the like that have another dtype than most:
+    cut, each such module would be gathered by itself, and what a plan makes again in backward from
+    a norm's weights would find them let go of.
+    """
+    found = {p for p in model.parameters() if p.dim() == 0}
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if p.dtype is not usual]
+        if all(p.numel() < _SMALL for p in own):
+            found.update(own)
+    return found
+
+
+def _islands(
+    model: nn.Module, usual: torch.dtype, uncut: set[nn.Parameter]
+) -> Iterator[list[nn.Module]]:
+    """Yield the modules with parameters of another dtype, since a unit of FSDP2 has one only.
+
+    Those that share a weight come together.
+    """
+    waiting = [
+        module
+        for module in model.modules()
+        if any(p.dtype is not usual and p not in uncut for p in module.parameters(recurse=False))
+    ]
+    while waiting:
+        together = [waiting.pop(0)]
+        for module in together:  # grows on the way
+            held = set(module.parameters(recurse=False))
+            tied = [m for m in waiting if not held.isdisjoint(m.parameters(recurse=False))]
+            together += tied
+            waiting = [m for m in waiting if m not in tied]
+        yield together
+
+
+def _shared_with_outside(model: nn.Module, block: str) -> set[nn.Parameter]:
+    """Return the parameters of a block that modules outside of it hold as well: the root's."""
+    inside = set(model.get_submodule(block).modules())
+    outside = {
+        parameter
+        for module in model.modules()
+        if module not in inside
+        for parameter in module.parameters(recurse=False)
+    }
+    return {p for p in model.get_submodule(block).parameters() if p in outside}
+
+
+def _require_shardable(model: nn.Module) -> None:
+    """Raise UsageError for parameters that `fully_shard` cannot cut."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_contiguous():
+            raise UsageError(
+                f"parameter {name} of shape {tuple(parameter.shape)} is not contiguous, and fsdp2 "
+                "cuts rows of memory",
+                hint="build the model in torch's own memory format, or use --parallel ddp",
+            )
