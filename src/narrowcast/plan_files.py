@@ -99,12 +99,17 @@ def read_promise(path: Path) -> Promise | None:
         return None
     known = {f.name: data.get(f.name) for f in fields(Promise)} | {"device": _device_in(data)}
     try:
-        return from_json(Promise, known)
+        promise = from_json(Promise, known)
     except RecordError as error:
         raise UsageError(
             f"{path} has a budget and does not say for what training: {error.message}",
             hint="leave budget_bytes out, or give the file as `narrowcast plan` wrote it",
         ) from None
+    if promise.budget_bytes <= 0:
+        raise UsageError(
+            f"{path} has a budget of {promise.budget_bytes} bytes", hint="at least 1 byte"
+        )
+    return promise
 
 
 def _device_in(data: dict[str, Any]) -> Any:
@@ -155,10 +160,14 @@ def write_policy(path: Path, plan: Plan, *, why: str, command: str) -> None:
 def _plan_in(data: dict[str, Any]) -> Plan | None:
     if data.get("kind") == "policy":
         return from_json(PolicyFile, data).plan
-    if isinstance(data.get("chosen"), dict):
-        data = {"policy": None, **(data["chosen"].get("plan") or {})}
-    elif "planned_steps" in data:
-        data = {"policy": None, **(data.get("plan") or {})}
+    held = data.get("chosen") if isinstance(data.get("chosen"), dict) else None
+    if held is None and "planned_steps" in data:
+        held = data
+    if held is not None:
+        found = held.get("plan")
+        if not isinstance(found, dict):
+            return None
+        data = found
     if data.get("policy"):
         return from_json(Plan, data)
     if "name" in data and "compute" in data:

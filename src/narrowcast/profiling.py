@@ -10,6 +10,7 @@ until the break-even is known. ``prediction`` takes the same steps on fake tenso
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -245,11 +246,10 @@ def _cross_checked(record: MemoryRecord, bench: Bench, *, seen: int) -> MemoryRe
     tracker = MemTracker()
     tracker.track_external(bench.model, bench.optimizer, *tensors_in(bench.batch))
     try:
-        with tracker:
+        with warnings.catch_warnings(action="ignore"), tracker:  # of its own hooks, as they fail
             bench.step()
     except (RecipeError, RuntimeError, AssertionError, KeyError) as error:
-        # It follows no model that is called twice in a step, among others; what it raises inside
-        # the recipe's own code arrives as the cause of a RecipeError.
+        # It follows no model called twice, among others; in a recipe's code it raises a cause.
         cause = error.__cause__ or error
         failed = f"torch's MemTracker could not follow this step: {type(cause).__name__}: {cause}"
         return replace(record, notes=(*record.notes, failed))

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ PLAIN = (
 )
 
 
+@cache
 def table() -> dict[str, set[str]]:
     """Read the fenced import table: `unit, unit -> unit, unit`, where `*` means any unit."""
     text = (ROOT / "docs" / "architecture.md").read_text()
@@ -58,6 +60,7 @@ def unit_of(path: Path) -> str:
     return relative.parts[0].removesuffix(".py")
 
 
+@cache
 def own_imports(path: Path) -> list[tuple[str, bool, int]]:
     """List (unit imported, whether inside a function, line) of a file's own-package imports."""
     tree = ast.parse(path.read_text())

@@ -160,6 +160,7 @@ def sharded(case: Cases, root: Path, other: Path | None) -> None:
             cut(f"odd-{plan}", plan, kind=kind, recipe=PARTS, steps=1)
             if is_pair:
                 cut(f"even-{plan}", plan, "even=true", "norms=true", kind=kind, recipe=PARTS)
+                cut(f"frozen-{plan}", plan, "even=true", "frozen=true", kind=kind, recipe=PARTS)
     for kind in KINDS if is_pair else ():
         words = ("lean", "even=true", "norms=true")
         cut("uncut-summed", *words, kind=kind, recipe=PARTS, accumulate=2)
@@ -170,6 +171,8 @@ def sharded(case: Cases, root: Path, other: Path | None) -> None:
         cut("adafactor", "fp32", "adafactor=true", recipe=PARTS)
         cut("strided", "fp32", "strided=true", recipe=PARTS)
         cut("fickle", "fp32", "fickle=true", recipe=PARTS)
+        cut("crossed", "fp32", "crossed=true", recipe=PARTS)
+        cut("leaving", "fp32", "leaving=true", recipe=PARTS, accumulate=2)
         cut("shadow", "bf16", watch=2, shadow=True)
         case("fsdp2-released", lambda t: run(t, root / "no", released()), kind="fsdp2")
         going_on(case, root)

@@ -1,9 +1,12 @@
 """A recipe whose weights are hard to cut: odd rows, fewer rows than ranks, no dimensions, tied.
 
 Two blocks make it a stack; `wide` is of a size that gets block-wise states, with rows that divide
-by neither ranks nor blocks unless `even`. `fickle` leaves a layer out where a sample says so.
+by neither ranks nor blocks unless `even`. `fickle` leaves a layer out where a sample says so;
+`leaving` runs a block in every other pass alone; `crossed` takes blocks in another order on rank 1;
+`frozen` trains one block in part and the other not at all, beside a parameter without elements.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +24,9 @@ class Options:
     adafactor: bool = False
     strided: bool = False
     still: bool = False
+    frozen: bool = False
+    crossed: bool = False
+    leaving: bool = False
 
 
 class Block(nn.Module):
@@ -37,6 +43,8 @@ class Net(nn.Module):
     def __init__(self, options):
         super().__init__()
         width, rows = (128, 64) if options.even else (80, 65)
+        self.crossed = options.crossed
+        self.leaving, self.passes = options.leaving, 0
         self.enter = nn.Linear(3, width)
         self.blocks = nn.ModuleList(Block(width, options.norms) for _ in range(2))
         self.wide = nn.Linear(width, rows)
@@ -46,14 +54,25 @@ class Net(nn.Module):
         self.gain = nn.Parameter(torch.tensor(1.5))
         self.one = nn.Parameter(torch.ones(1))
         self.spare = nn.Linear(3, 3) if options.fickle else None
+        if options.frozen:
+            self.nothing = nn.Parameter(torch.zeros(0, 4))
+            self.blocks[0].requires_grad_(False)
+            self.blocks[1].layer.weight.requires_grad_(False)
+            self.enter.bias.requires_grad_(False)
         if options.strided:
             self.wide.weight = nn.Parameter(self.wide.weight.detach().t().contiguous().t())
 
     def forward(self, x, fickle):
         y = self.enter(x)
-        for block in self.blocks:
+        # Rank 1 takes the blocks in the other order, as a path that depends on the data may.
+        rank = int(os.environ.get("RANK", "0")) if self.crossed else 0
+        self.passes += self.training
+        blocks = self.blocks[:1] if self.leaving and self.passes % 2 == 0 else self.blocks
+        for block in reversed(blocks) if rank == 1 else blocks:
             y = block(y)
         y = torch.relu(self.wide(y))
+        if hasattr(self, "nothing"):
+            y = y + self.nothing.sum()
         y = self.gain * self.head(y) + self.one * self.again(y)
         return y if self.spare is None or fickle else self.spare(y)
 

@@ -101,6 +101,13 @@ def test_shards_that_end_with_a_block_have_the_states_of_whole_parameters(
     assert two[f"fsdp2-even-{plan}"]["evaluations"] == two[f"ddp-even-{plan}"]["evaluations"]
 
 
+@pytest.mark.parametrize("plan", ["fp32", "bf16-split", "lean"])
+def test_frozen_parameters_are_cut_and_stay_what_they_are(two: Seen, plan: str) -> None:
+    """A whole block of them, some beside trained ones, and one that has no elements."""
+    assert_equal(two.root / f"ddp-frozen-{plan}", two.root / f"fsdp2-frozen-{plan}")
+    assert two[f"fsdp2-frozen-{plan}"]["evaluations"] == two[f"ddp-frozen-{plan}"]["evaluations"]
+
+
 @pytest.mark.parametrize("case", ["islands", "uncut-summed"])
 def test_what_has_another_format_is_gathered_by_itself_or_not_cut(two: Seen, case: str) -> None:
     """A block in fp32, layers in fp32 that share a weight; small parameters, over micro-batches."""
@@ -250,6 +257,8 @@ def test_models_that_ddp_can_train_are_trained_alike(two: Seen, case: str) -> No
         ("adafactor", "Adafactor may need whole parameters"),
         ("strided", "parameter wide.weight of shape (65, 80) is not contiguous"),
         ("fickle", "a parameter takes part in the loss on some ranks only"),
+        ("crossed", "the blocks of the model run in another order"),
+        ("leaving", "the last micro-batch of a step does not use blocks.1, which an earlier one"),
         ("shadow", "a shadow in fp32 needs whole weights"),
     ],
 )

@@ -87,7 +87,10 @@ def test_what_rank_0_chooses_is_chosen_for_all() -> None:
 def test_a_rank_that_fails_speaks_and_the_others_are_silent() -> None:
     """Its message names it; whoever waits for it, or loses its connection, follows."""
     own = RecipeError("recipe.py: no")
-    lost = RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1")
+    lost = RecipeError("recipe.py: loss raised")
+    lost.__cause__ = RuntimeError(
+        "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1"
+    )
     found = meet(agreeing({}), raising(own), raising(lost))
 
     assert found[1] is own
@@ -118,7 +121,7 @@ def test_a_rank_that_is_lost_without_a_word_is_told_of_once() -> None:
     """Rank 0 says so; another survivor, which hears it, is silent."""
 
     def lose(meeting: Meeting) -> Any:
-        raise RuntimeError("[a.cc:1] Connection closed by peer") from None
+        raise RecipeError("loss raised") from RuntimeError("[a.cc:1] Connection closed by peer")
 
     found = meet(lose, lose, lambda meeting: None)
 
@@ -149,6 +152,14 @@ def test_a_lost_connection_is_told_from_a_failure(error: Exception, expected: st
 
     assert symptom_in(error) == expected
     assert symptom_in(outer) == expected
+
+
+def test_what_a_users_own_lines_raise_is_a_failure_whatever_it_says() -> None:
+    """A recipe that reads its data over a network may lose a connection of its own."""
+    with pytest.raises(RuntimeError) as raised:
+        raise RuntimeError("Connection refused: cannot fetch shard 7")
+
+    assert symptom_in(raised.value) == ""
 
 
 def test_the_environment_becomes_a_world() -> None:

@@ -45,6 +45,28 @@ def test_the_master_follows_torch_bit_for_bit(
     assert same_bits(masters(optimizer, owned), [p.detach() for p in reference])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize("weights", ["fp32", "split16"])
+@pytest.mark.parametrize(("ours", "torchs"), [(AdamW, torch.optim.AdamW), (SGD, torch.optim.SGD)])
+def test_a_learning_rate_that_is_a_tensor_rounds_as_in_torch(
+    ours: Any, torchs: Any, weights: str, decay: float, dtype: torch.dtype
+) -> None:
+    """What torch computes of an fp32 learning rate is fp32 too."""
+    shapes = [(97, 63), (7,)]
+    owned, reference = parameters(shapes), parameters(shapes)
+    rates = [torch.tensor(0.01, dtype=dtype) for _ in range(2)]
+    optimizer = ours(owned, lr=rates[0], weight_decay=decay, weights=weights)
+    expected = torchs(reference, lr=rates[1], weight_decay=decay, foreach=False)
+    for step in range(20):
+        train(optimizer, owned, range(step, step + 1))
+        train(expected, reference, range(step, step + 1))
+        for rate in rates:
+            rate.mul_(0.9)
+
+    assert same_bits(masters(optimizer, owned), [p.detach() for p in reference])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("weights", ["fp32", "split16"])

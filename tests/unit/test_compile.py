@@ -133,7 +133,7 @@ PLANS: dict[str, Plan] = {
 }
 
 
-USUAL = ("fp32", "bf16", "bf16-split", "island", "function", "checkpoint round an island")
+USUAL = ("fp32", "bf16-split", "function", "checkpoint round an island")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,7 @@ def test_autocast_does_not_leak_into_backward() -> None:
     assert not all(map(torch.equal, gradients(theirs), expected))
 
 
+@pytest.mark.slow
 def test_names_class_and_copies_of_the_model_are_as_before() -> None:
     """No ``_orig_mod.``; a deep copy, as an EMA makes one, is no compiled one of the original."""
     engine = engine_for("bf16", EXACT)
@@ -185,6 +186,7 @@ def test_names_class_and_copies_of_the_model_are_as_before() -> None:
     assert torch.equal(twin(TOKENS[0]), engine.model(TOKENS[0]))
 
 
+@pytest.mark.slow
 def test_each_shape_is_compiled_once_and_counted() -> None:
     """Two lengths are two graphs, the second a recompile, however often they alternate."""
     engine = engine_for("bf16", EXACT)
@@ -215,6 +217,7 @@ def test_evaluation_in_fp32_is_that_of_the_model_uncompiled() -> None:
     assert engine.compiled.record().graphs == 1
 
 
+@pytest.mark.slow
 def test_evaluation_in_the_policys_precision_is_compiled() -> None:
     """Without gradients it is another graph, which counts as a recompile."""
     engine, plain = engine_for("bf16", EXACT), engine_for("bf16")
@@ -253,6 +256,7 @@ def test_graph_breaks_in_the_users_code_are_counted_with_their_reason() -> None:
 
 
 @dynamo.config.patch(recompile_limit=2)  # type: ignore[untyped-decorator]
+@pytest.mark.slow
 def test_more_shapes_than_torch_compiles_are_said_to_run_uncompiled() -> None:
     """They do run, and right."""
     engine, plain = engine_for("fp32", EXACT), engine_for("fp32")
@@ -266,6 +270,7 @@ def test_more_shapes_than_torch_compiles_are_said_to_run_uncompiled() -> None:
 
 
 @dynamo.config.patch(recompile_limit=2)  # type: ignore[untyped-decorator]
+@pytest.mark.slow
 def test_models_do_not_share_the_limit() -> None:
     """A process that trains many models, as a comparison does, compiles each of them."""
     for _ in range(3):
@@ -289,7 +294,14 @@ def test_a_model_that_is_never_called_itself_is_said_to_be_uncompiled() -> None:
     assert "nothing was compiled" in engine.compiled.record().words
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "bf16-split", "island", "function"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bf16-split",
+        "island",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "bf16", "function")),
+    ],
+)
 def test_what_a_graph_executes_is_what_is_executed_uncompiled(name: str) -> None:
     """Products by format, forward and backward, counted before any of them runs compiled."""
     engine, plain = engine_for(PLANS[name], EXACT), engine_for(PLANS[name])
@@ -344,6 +356,7 @@ def test_fp32_from_outside_a_checkpoint_is_refused(kept: str) -> None:
         engine_for(plan, EXACT)
 
 
+@pytest.mark.slow
 def test_what_is_left_to_the_compiler_is_noted() -> None:
     """The plan `lean` computes logits in chunks and remakes results where there is no compiler."""
     engine = engine_for("lean", EXACT)
@@ -454,6 +467,7 @@ def test_the_ledger_measures_the_model_uncompiled_and_says_so() -> None:
     assert engine.compiled.record().graphs == 1
 
 
+@pytest.mark.slow
 def test_after_an_evaluation_in_fp32_steps_are_compiled() -> None:
     """The compiler is off for the evaluation alone."""
     engine = engine_for("fp32", EXACT)

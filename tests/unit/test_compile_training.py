@@ -60,6 +60,7 @@ def test_a_compiled_run_gives_the_weights_of_one_that_is_not(
     assert record.compiled.backend == EXACT
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
     """With evaluations on the way, whose last batch is smaller, and dropout."""
     options = {"evaluate_every": 4}
@@ -72,6 +73,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
     assert record.evaluations == whole.evaluations
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_bit_and_needs_no_ledger(tmp_path: Path) -> None:
     """Formats are counted in the graph; of memory nothing is said."""
     record = run(tmp_path / "measured", options={"measure": True})

@@ -332,3 +332,14 @@ def test_an_unknown_reduction_names_the_nearest() -> None:
     """The hint lists the three."""
     with pytest.raises(UnknownName, match="did you mean 'mean'"):
         linear_cross_entropy(H, W, T, reduction="means")
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_what_is_no_tensor_is_refused_by_name(position: int) -> None:
+    """As a batch without labels hands over."""
+    given: list[object] = [torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).long()]
+    given[position] = None
+    name = ("hidden", "weight", "target")[position]
+
+    with pytest.raises(UsageError, match=f"{name} is a NoneType"):
+        linear_cross_entropy(*given)  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +163,25 @@ def test_memtracker_confirms_the_total_on_request(mlp: Path) -> None:
 
     assert record.memtracker_peak_bytes == record.total_peak_bytes
     assert any("MemTracker" in note and "equal" in note for note in record.notes)
+
+
+def test_what_memtracker_warns_of_as_it_fails_is_not_shown(
+    mlp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hooks warn of their own weak references; the note says that it failed."""
+    step = profiling.Bench.step
+
+    def warning(bench: profiling.Bench) -> bool:
+        if sys._getframe(1).f_code.co_name == "_cross_checked":
+            warnings.warn("global module forward hook raised an exception", stacklevel=1)
+        return step(bench)
+
+    monkeypatch.setattr(profiling.Bench, "step", warning)
+    record = measure_recipe(
+        load_recipe(mlp), policy_named("fp32"), CPU, cross_check=True, break_even=False
+    )
+
+    assert record.memtracker_peak_bytes == record.total_peak_bytes
 
 
 def test_a_step_that_memtracker_cannot_follow_is_a_note_not_a_failure(tmp_path: Path) -> None:

@@ -248,3 +248,45 @@ def test_states_that_do_not_fit_are_refused() -> None:
     image = nn.Parameter(torch.randn(32, 16, 3, 3).to(memory_format=torch.channels_last))
     with pytest.raises(UsageError, match="memory format"):
         AdamW([image], states="int8").load_state_dict(rows.state_dict())
+
+
+@pytest.mark.parametrize("weights", ["split16", "split8"])
+@pytest.mark.parametrize("first", [True, False])
+def test_saved_masters_come_back_exactly_by_the_ways_that_are_documented(
+    weights: str, first: bool
+) -> None:
+    """Before the optimizer is built, or by set_master; halfway between two bf16 numbers too."""
+    ties = torch.arange(0x3F808000, 0x3F888000, 0x10000, dtype=torch.int32).view(torch.float32)
+    source_owned = [nn.Parameter(torch.cat([ties, -ties, torch.ones(8)]))]
+    source = AdamW(source_owned, weights=weights)
+    saved = source.master(source_owned[0])
+    fresh = [nn.Parameter(saved.clone() if first else torch.zeros(24))]
+    optimizer = AdamW(fresh, weights=weights)
+    if not first:
+        optimizer.set_master(fresh[0], saved)
+    optimizer.load_state_dict(source.state_dict())
+
+    assert torch.equal(saved, torch.cat([ties, -ties, torch.ones(8)]))
+    assert torch.equal(optimizer.master(fresh[0]), saved)
+
+
+def test_no_remainder_of_16_bits_can_round_ties_to_even() -> None:
+    """An even bf16 number is nearest to 2^16 + 1 patterns then, both ties with it: one too many."""
+    patterns = torch.arange(0x3F7F0000, 0x3F820000, dtype=torch.int32)
+    rounded = patterns.view(torch.float32).to(torch.bfloat16).view(torch.int16)
+
+    assert (rounded == 0x3F80).sum() == 2**16 + 1
+    assert (rounded == 0x3F81).sum() == 2**16 - 1
+
+
+def test_a_refused_state_has_changed_no_weight() -> None:
+    """All parameters are looked at before the first remainder is added."""
+    source, owned = trained("split16", "fp32")
+    fresh = [nn.Parameter(p.detach().float()) for p in owned]
+    with torch.no_grad():
+        fresh[-1].add_(1.0)
+    optimizer = AdamW(fresh)
+    with pytest.raises(UsageError, match="not those bf16 weights"):
+        optimizer.load_state_dict(source.state_dict())
+
+    assert torch.equal(fresh[0], owned[0].detach().float())

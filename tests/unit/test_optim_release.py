@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from narrowcast.dropin.grad_scaler import GradScaler
 from narrowcast.errors import UsageError
 from narrowcast.optim.adamw import AdamW
 from narrowcast.optim.release import GradientRelease, require_compatible
@@ -273,3 +274,43 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(UsageError, match="2 processes"):
         GradientRelease(AdamW(nn.Linear(3, 3).parameters()))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x], lambda x: (x, x)])
+def test_our_scaler_refuses_released_gradients_before_anything_moves(wrap: Any) -> None:
+    """Backward from a scaled loss would step every parameter with its scaled gradient."""
+    model = Tied()
+    optimizer = AdamW(model.parameters(), lr=0.1, weights="split16")
+    before = held(optimizer)
+    release = GradientRelease(optimizer)
+    scaler = GradScaler("cpu")
+    loss = loss_of(model, 0)
+
+    with pytest.raises(UsageError, match="GradScaler and GradientRelease on the same AdamW"):
+        scaler.scale(wrap(loss))
+    with pytest.raises(UsageError, match="GradScaler and GradientRelease"):
+        scaler.unscale_(optimizer)
+    with pytest.raises(UsageError, match="GradScaler and GradientRelease"):
+        scaler.step(optimizer)
+    assert same_bits(held(optimizer), before)
+    assert GradScaler("cpu", enabled=False).scale(loss) is loss
+
+    release.detach()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_our_scaler_serves_an_optimizer_beside_a_released_one() -> None:
+    """As in a training with two models, of which one is scaled."""
+    released, scaled = Tied(), Tied()
+    release = GradientRelease(AdamW(released.parameters(), weights="split16"))
+    optimizer = torch.optim.SGD(scaled.parameters(), 0.1)
+    scaler = GradScaler("cpu", init_scale=2.0)
+    before = scaled.state_dict()["embedding.weight"].clone()
+
+    scaler.scale(loss_of(scaled, 0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(scaled.state_dict()["embedding.weight"], before)
+    release.detach()

@@ -196,3 +196,42 @@ def test_an_optimizer_that_is_gone_leaves_bf16_weights() -> None:
     second = AdamW(owned, weights="split16")
 
     assert all(torch.equal(second.master(p), p.detach().float()) for p in owned)
+
+
+def test_a_remainder_of_a_weight_in_other_memory_is_not_taken_over() -> None:
+    """``parameter.data = ...`` moves no version; that the memory is another is seen."""
+    owned = parameters(SHAPES)
+    first = AdamW(owned, weights="split16")
+    train(first, owned, range(2))
+    for p in owned:
+        p.data = torch.ones_like(p)
+    second = AdamW(owned, weights="split16")
+
+    assert all(torch.equal(second.master(p), torch.ones(p.shape)) for p in owned)
+    assert isinstance(first, AdamW)  # it is alive until here
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "is_refused"),
+    [
+        ((4, 4), (1, 1), True),
+        ((4, 4), (4, 1), False),
+        ((3, 2), (2, 1), False),
+        ((2, 3), (0, 1), True),
+        ((2, 1), (1, 0), False),
+        ((2, 3), (3, 2), False),  # 0, 2, 4 and 3, 5, 7: woven, and no two in one place
+        ((2, 3), (4, 2), True),
+        ((3, 3), (5, 1), False),  # with holes
+        ((0, 3), (1, 1), False),
+    ],
+)
+def test_elements_that_share_memory_are_refused(
+    shape: tuple[int, ...], strides: tuple[int, ...], is_refused: bool
+) -> None:
+    """Two elements in one place would step twice."""
+    owned = nn.Parameter(torch.randn(16).as_strided(shape, strides))
+    if is_refused:
+        with pytest.raises(UsageError, match="share memory"):
+            AdamW([owned])
+    else:
+        assert AdamW([owned]).master(owned) is not None

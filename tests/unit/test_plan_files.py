@@ -285,3 +285,31 @@ def test_every_difference_from_the_training_that_was_planned_is_said(
 ) -> None:
     """Of another recipe the options are others anyway, and are not listed."""
     assert PROMISE.differences(**SAME | changes) == said  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"chosen": {"plan": 3}}',
+        '{"chosen": {"plan": [1]}}',
+        '{"planned_steps": 3, "plan": "x"}',
+        '{"planned_steps": 3, "plan": null}',
+    ],
+)
+def test_a_plan_that_is_no_object_is_no_plan(tmp_path: Path, text: str) -> None:
+    """As where there is none."""
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+
+    with pytest.raises(UsageError, match="holds no plan"):
+        read_plan(file)
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_budget_of_nothing_is_one_clear_error(tmp_path: Path, budget: int) -> None:
+    """The planner refuses such a budget too."""
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(AS_RECORD | {"budget_bytes": budget}))
+
+    with pytest.raises(UsageError, match=f"budget of {budget} bytes"):
+        read_promise(file)

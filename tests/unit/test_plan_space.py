@@ -169,6 +169,30 @@ def test_capitals_do_not_matter_in_the_name_of_a_place(name: str) -> None:
     assert place_named(name).target == name.lower()
 
 
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("A100 80GB", "a100-80gb"),
+        ("NVIDIA A100 40 GB", "a100-40gb"),
+        ("H100-PCIe", "h100-pcie"),
+        ("NVIDIA H100 80 GB SXM", "h100"),
+    ],
+)
+def test_a_gpu_is_known_by_its_title_and_however_it_is_spaced(name: str, target: str) -> None:
+    """As its maker writes it, and as the table has it."""
+    assert place_named(name).target == target
+    assert target_named(name).name == target
+
+
+@pytest.mark.parametrize("name", ["", " ", "nvidia", "A100", "RTX"])
+def test_half_a_name_is_no_gpu(name: str) -> None:
+    """Two GPUs share it, or none has it."""
+    with pytest.raises(UnknownName):
+        target_named(name)
+
+
 def test_a_place_is_a_device_at_hand_or_a_gpu_by_name() -> None:
     """cpu can be timed on; h200 only counted for."""
     assert place_named("cpu").device == torch.device("cpu")

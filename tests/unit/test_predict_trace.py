@@ -389,3 +389,50 @@ def test_what_a_plain_step_raises_is_told_with_its_line() -> None:
         )
 
     assert "float(batch.sum())" in raised.value.message
+
+
+def reading_model() -> nn.Module:
+    model = nn.Linear(64, 64)
+    assert torch.linspace(0, 1, 3)[1].item() == 0.5
+    return model
+
+
+def test_a_function_that_needs_values_to_make_a_model_is_called_for_real() -> None:
+    """As models do that call ``trunc_normal_``; a note says so, and the ledger is the same."""
+
+    def adamw(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters())
+
+    batch = torch.zeros(4, 64)
+    plain = predict_step_memory(lambda: nn.Linear(64, 64), adamw, square, batch)
+
+    record = predict_step_memory(reading_model, adamw, square, batch)
+
+    assert record.lines == plain.lines
+    assert any("in real memory" in note for note in record.notes)
+    assert not any("in real memory" in note for note in plain.notes)
+
+
+def test_a_plain_step_says_which_function_raised() -> None:
+    """The model's and the optimizer's are not the step's."""
+
+    def broken() -> nn.Module:
+        raise ValueError("no such width")
+
+    def reading(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=float(torch.ones(2).sum()))
+
+    with pytest.raises(RecipeError, match=r"^building the model raised ValueError: no such"):
+        predict_step_memory(broken, reading, square, torch.ones(2, 4))
+    with pytest.raises(RecipeError, match=r"^step: making the optimizer cannot be traced: aten"):
+        predict_step_memory(lambda: nn.Linear(4, 4), reading, square, torch.ones(2, 4))
+
+
+def test_torch_does_not_log_what_becomes_our_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its traceback of thirty lines would come before the user's one."""
+    with pytest.raises(RecipeError, match="mine cannot be traced"):
+        predict_memory(recipe(tmp_path, "x = x[:, :3]"), "fp32")
+
+    assert not caplog.records

@@ -75,6 +75,7 @@ def test_fsdp2_holds_the_rows_of_rank_0_padded(plan: str, world: int) -> None:
     assert held_at_start(record)["parameters"] == width * sum(shards)
 
 
+@pytest.mark.slow
 def test_more_ranks_never_hold_more() -> None:
     """Of FSDP2, with as many samples on each rank, as long as there are rows for all of them."""
     peaks = [

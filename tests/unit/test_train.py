@@ -126,7 +126,9 @@ def test_a_run_leaves_everything_that_was_promised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("stop_at", [0, 1, 5, 11])
+@pytest.mark.parametrize(
+    "stop_at", [0, 5, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 11))]
+)
 def test_a_resumed_run_is_the_run_that_was_never_stopped(
     tmp_path: Path, precision: str, stop_at: int
 ) -> None:

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from narrowcast.dropin.autocast import bind_positional, require_amp_device
 from narrowcast.errors import CheckpointError, UsageError
+from narrowcast.optim.release import require_kept
 from narrowcast.precision.device import device_at_hand
 from narrowcast.records.run import SkippedStep, SkipReason
 from narrowcast.scaling.loss_watch import LossWatch
@@ -147,7 +148,16 @@ class GradScaler(torch.amp.GradScaler):
 
     def scale(self, outputs: Any) -> Any:
         """Multiply by the scale as torch's does, and hold the unscaled losses to look at later."""
-        return super().scale(self._watch.passing(outputs) if self._enabled else outputs)
+        if not self._enabled:
+            return super().scale(outputs)
+        require_kept("GradScaler", outputs=outputs)
+        return super().scale(self._watch.passing(outputs))
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Divide gradients by the scale, in place, and note whether all are finite."""
+        if self._enabled:
+            require_kept("GradScaler", optimizer=optimizer)
+        super().unscale_(optimizer)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step unless a gradient is not finite.
@@ -156,6 +166,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled or "closure" in kwargs:
             return super().step(optimizer, *args, **kwargs)
+        require_kept("GradScaler", optimizer=optimizer)
         if self._hands_over_unscaled(optimizer):
             self._look_again(optimizer)
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -171,6 +182,8 @@ class GradScaler(torch.amp.GradScaler):
         if new_scale is not None:
             self._require_in_bounds(new_scale)
             super().update(float(new_scale) if isinstance(new_scale, int) else new_scale)
+        elif self._ledger.is_plain and len(self._per_optimizer_states) == 1:
+            self._move()
         elif not any(s["found_inf_per_device"] for s in self._per_optimizer_states.values()):
             super().update()  # raises torch's own error: nothing was checked since the last update
         elif self._can_advance_unread():
@@ -314,13 +327,11 @@ class GradScaler(torch.amp.GradScaler):
 
     def _can_advance_unread(self) -> bool:
         """Whether the device knows all that moves the scale, and the host not yet."""
-        attempts = self._ledger.attempts
-        if not attempts or attempts[0][1].flags is None:
-            return False
         states = self._per_optimizer_states.values()
         return (
             self._rule.is_torch_rule
-            and all(outcome.flags is not None for _, outcome in attempts)
+            and bool(self._ledger.attempts)
+            and all(outcome.flags is not None for _, outcome in self._ledger.attempts)
             and all(state["stage"] is OptState.STEPPED for state in states)
         )
 
@@ -356,24 +367,24 @@ class GradScaler(torch.amp.GradScaler):
         for state in self._per_optimizer_states.values():
             if state["stage"] is not OptState.STEPPED:
                 reasons.add(self._reason_in(state))
-        overflow = "gradient overflow" in reasons
-        moves = overflow or reasons <= {""}
-        if moves and self._rule.is_torch_rule:
-            scale = self._scale
+        self._move(overflow="gradient overflow" in reasons, stays=not reasons <= {""})
+
+    def _move(self, *, overflow: bool = False, stays: bool = False) -> None:
+        """Let the scale follow a step; one that `stays` does so unless there was an overflow."""
+        scale, tracker = self._check_scale_growth_tracker("update")
+        if (overflow or not stays) and self._rule.is_torch_rule:
             super().update()
             if overflow or self._rule.ceiling < DynamicScale.ceiling:
-                assert scale is not None, "torch has just moved it"
                 scale.clamp_(self._rule.floor, self._rule.ceiling)
             return
-        if moves:
-            scale, tracker = self._check_scale_growth_tracker("update")
+        if overflow or not stays:
             self._rule = self._value().after(finite=not overflow)
             scale.fill_(self._rule.scale)
             tracker.fill_(self._rule.good_steps)
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
 
     def _close_step(self) -> None:
-        optimizers = [optimizer for optimizer, _ in self._ledger.attempts]
+        attempts = self._ledger.attempts
         newest = self._ledger.close(floor=self._rule.floor)
         self._watch.clear()
         row = self._ledger.row
@@ -381,6 +392,6 @@ class GradScaler(torch.amp.GradScaler):
             return
         self._ledger.row = SkipRow()  # whoever catches the error gets as many tries again
         named = newest.parameters or tuple(
-            name for o in optimizers for name in nonfinite_parameters(o, self._names)
+            name for o, _ in attempts for name in nonfinite_parameters(o, self._names)
         )
         raise stuck_error(row, replace(newest, parameters=named))

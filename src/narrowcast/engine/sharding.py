@@ -35,6 +35,6 @@ def put_in_parts(shards: Shards, lanes: Mapping[str, Lane]) -> Masters:
         require_elementwise(lane.optimizer)
     for lane in lanes.values():
         reseat(lane.optimizer, shards.parts, cut)
-        lane.see(InParts(shards.ranks, shards.reduce), lambda: names)
+        lane.see(InParts(shards), lambda: names)
     shards.parts.clear()  # what was cut shall not stay in memory
     return Masters(lane.optimizer for lane in lanes.values())

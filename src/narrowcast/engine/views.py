@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from narrowcast.engine import gradients
 from narrowcast.errors import UsageError
 from narrowcast.optim.parts import part_of
-from narrowcast.parallel.peers import Ranks
+from narrowcast.parallel.shards import Shards, require_one_order
 from narrowcast.scaling.skips import nonfinite_parameters
 
 __all__ = ["InParts", "View", "Whole"]
@@ -55,9 +55,10 @@ class Whole:
 class InParts:
     """Each rank has some rows of every gradient, and the whole of those that cannot be cut."""
 
-    def __init__(self, ranks: Ranks, reduce: torch.dtype) -> None:
-        self._ranks = ranks
-        self._reduce = reduce
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._ranks = shards.ranks
+        self._reduce = shards.reduce
         self._sums: dict[Tensor, Tensor] = {}
         """Gradients of parameters that are not cut, over micro-batches."""
 
@@ -93,8 +94,8 @@ class InParts:
     def norm(self, optimizer: Optimizer, norms: tuple[Tensor, ...]) -> float:
         """Return the norm over all gradients of all ranks, the same on each.
 
-        Raises UsageError if a parameter has a gradient on some of them only: what was added up
-        then belongs to different parameters.
+        Raises UsageError if a parameter has a gradient on some of them only, or blocks ran in
+        different orders: what was added up then belongs to different parameters.
         """
         parameters = _parameters(optimizer)
         present = [p.grad is not None for p in parameters]
@@ -102,14 +103,15 @@ class InParts:
         squares = [x * x for x in torch.stack(norms).double().tolist()]
         shares = [s / self._ranks.size if w else s for s, w in zip(squares, uncut, strict=True)]
         pattern = float(hash(tuple(present)) & (2**52 - 1))
-        found = self._ranks.each([sum(shares), pattern])
-        if len({pattern for _, pattern in found}) > 1:
+        found = self._ranks.each([sum(shares), pattern, self._shards.order])
+        if len({pattern for _, pattern, _ in found}) > 1:
             raise UsageError(
                 "a parameter has a gradient on some ranks and none on others, and fsdp2 adds up "
                 "what all of them have",
                 hint="let every parameter take part in every loss, or use --parallel ddp",
             )
-        return math.sqrt(sum(square for square, _ in found))
+        require_one_order(order for _, _, order in found)
+        return math.sqrt(sum(square for square, _, _ in found))
 
     def clip(
         self, pending: list[Tensor], norms: tuple[Tensor, ...], norm: float, limit: float

@@ -192,7 +192,7 @@ class HostScaler(GradScaler):
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Move the scale and count the step; raises PrecisionError for a hopeless row of skips."""
         for optimizer, outcome in self._ledger.attempts:
-            if outcome.flags is not None or not outcome.applied:
+            if outcome.flags is not None or outcome.skip is not None:
                 self._flags.pop(id(optimizer), None)  # up, or on the device and not known yet
         super().update(new_scale)
 

@@ -62,6 +62,9 @@ def linear_cross_entropy(
     at most `chunk_bytes`, plus one fp32 copy of the smaller gradient where both are 16-bit.
     Cannot be differentiated twice.
     """
+    for name, given in (("hidden", hidden), ("weight", weight), ("target", target)):
+        if not isinstance(given, Tensor):
+            raise UsageError(f"{name} is a {type(given).__name__}", hint="pass a tensor")
     return cross_entropy_in_chunks(
         hidden,
         weight,

@@ -35,16 +35,16 @@ class _AdamWRule(Rule):
         return _MOMENTS
 
     def coefficients(self, group: Mapping[str, Any], step: int, *, is_fresh: bool) -> Coefficients:
-        lr = number(group["lr"])
+        lr = group["lr"]  # as a tensor it rounds what is computed of it, as in torch
         beta1, beta2 = group["betas"]
         return (
-            1 - lr * group["weight_decay"] if group["weight_decay"] != 0 else 1.0,
+            number(1 - lr * group["weight_decay"]) if group["weight_decay"] != 0 else 1.0,
             1 - beta1,
             beta2,
             1 - beta2,
             (1 - beta2**step) ** 0.5,
             group["eps"],
-            -(lr / (1 - beta1**step)),
+            -number(lr / (1 - beta1**step)),
         )
 
     def update(

@@ -112,6 +112,7 @@ def adapted(
     if loaded.pop(_SHIELD, None) is None:
         return state
     result: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+    absorbing: list[tuple[Tensor, Tensor, Pair]] = []
     for group, saved_group in zip(groups, state["param_groups"], strict=True):
         moments = rule.moments({**group, **saved_group})
         for position, parameter in enumerate(group["params"]):
@@ -121,8 +122,12 @@ def adapted(
             entry = adapted_entry(parameter, saved, kept, pair, moments)
             if entry:
                 result[parameter] = entry
+            if pair.weights.remainder is None and REMAINDER in saved:
+                absorbing.append((parameter, saved[REMAINDER].to(parameter.device), pair))
     result.update({key: value.entry for key, value in loaded.items()})
     merged = [merged_group(g, s) for g, s in zip(groups, state["param_groups"], strict=True)]
+    for parameter, remainder, pair in absorbing:  # nothing is refused any more
+        _absorb(parameter, remainder, pair)
     for group, new in zip(groups, merged, strict=True):
         # The same dictionaries as before: a scheduler of the optimizer that this one was made from
         # (``convert.narrowed``) holds them.
@@ -165,7 +170,10 @@ def adapted_entry(
     *,
     rounding: bool = False,
 ) -> dict[str, Any]:
-    """Return one parameter's state in the stores of `pair`, as new tensors on its device."""
+    """Return one parameter's state in the stores of `pair`, as new tensors on its device.
+
+    Changes nothing: a remainder that fp32 weights have to absorb is left out.
+    """
     entry: dict[str, Any] = {}
     remainder = _remainder(parameter, saved.get(REMAINDER), kept, pair, rounding=rounding)
     if remainder is not None:
@@ -190,13 +198,13 @@ def adapted_entry(
 def _remainder(
     parameter: Tensor, saved: Tensor | None, kept: Tensor | None, pair: Pair, *, rounding: bool
 ) -> Tensor | None:
-    """Return the remainder to hold, None for a store without; may join it into fp32 weights."""
+    """Return the remainder to hold, None for a store without."""
     own = pair.weights
     if saved is not None and saved.shape != parameter.shape:
         raise _misshapen("remainder", tuple(saved.shape), parameter)
     if own.remainder is None:
         if saved is not None and not rounding:
-            _absorb(parameter, saved.to(parameter.device), pair)
+            _require_absorbable(parameter, saved.to(parameter.device), pair)
         return None
     made = own.zeros(parameter)[REMAINDER]
     if saved is None:
@@ -215,12 +223,18 @@ def _remainder(
 @torch.no_grad()
 def _absorb(parameter: Tensor, saved: Tensor, pair: Pair) -> None:
     """Add a remainder into fp32 weights that were loaded from bf16 ones; once is enough."""
+    narrow = parameter.detach().to(torch.bfloat16)
+    if torch.equal(narrow.float(), parameter):
+        parameter.copy_(pair.saved_weights.read(narrow, saved))
+
+
+@torch.no_grad()
+def _require_absorbable(parameter: Tensor, saved: Tensor, pair: Pair) -> None:
+    """Raise UsageError unless the weights lack a remainder, or have it already."""
     if pair.weights.dtype is not torch.float32:
         raise _refused(f"the remainder of weights={pair.saved_weights.name!r}", "bf16 weights")
     narrow = parameter.detach().to(torch.bfloat16)
-    joined = pair.saved_weights.read(narrow, saved)
     if torch.equal(narrow.float(), parameter):
-        parameter.copy_(joined)
         return
     again = torch.empty_like(narrow)
     remainder = torch.empty_like(saved)

@@ -30,6 +30,7 @@ from narrowcast.optim.soundness import (
     require_distinct,
     require_held,
     require_storable,
+    write_mark,
 )
 from narrowcast.optim.states import Blocks, Moment, StateStore, fitted, state_store
 from narrowcast.optim.step import Item, Numbers, chunk_for
@@ -116,7 +117,7 @@ class NarrowOptimizer(Optimizer):
             top = 2**63 - 1
             seed = int(torch.randint(top, (), generator=generator, device=generator.device))
         self._adopts = False
-        self._versions: dict[Tensor, int] = {}
+        self._versions: dict[Tensor, tuple[int, int, int]] = {}
         super().__init__(params, {**defaults, "weights": weights, "states": states, "seed": seed})
         self._adopts = True
         for group in self.param_groups:
@@ -148,12 +149,12 @@ class NarrowOptimizer(Optimizer):
 
     def _note_versions(self, parameters: Iterable[Tensor]) -> None:
         """Remember that weights and remainders belong together as they are."""
-        self._versions.update((parameter, parameter._version) for parameter in parameters)
+        self._versions.update((parameter, write_mark(parameter)) for parameter in parameters)
 
     def _is_current(self, parameter: Tensor) -> bool:
-        """Whether there is a remainder, and the weight was not changed in place since."""
+        """Whether there is a remainder, and the weight is as it was when the two were noted."""
         has_remainder = self._remainder(parameter) is not None
-        return has_remainder and self._versions.get(parameter) == parameter._version
+        return has_remainder and self._versions.get(parameter) == write_mark(parameter)
 
     def _adopt(self, parameter: Tensor, store: WeightStore) -> None:
         """Put a parameter into its store; an earlier optimizer hands its remainder over."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from narrowcast.errors import UsageError
 from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.ranks import are_several
 
-__all__ = ["GradientRelease", "require_compatible"]
+__all__ = ["GradientRelease", "require_compatible", "require_kept"]
 
 _ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -54,6 +56,40 @@ def require_compatible(
             raise UsageError(
                 f"gradient release and {what}: {why}", hint="keep the gradients (gradients='keep')"
             )
+
+
+def require_kept(what: str, *, outputs: Any = (), optimizer: Optimizer | None = None) -> None:
+    """Raise UsageError if an optimizer, or one that backward from `outputs` reaches, is released.
+
+    Looks at the graph only where something is released. What a checkpoint of torch's older kind
+    (``use_reentrant=True``) hides from the graph is seen with the optimizer alone.
+    """
+    released = {id(p): o for o in _ATTACHED for p in _owned(o)}
+    found = optimizer if optimizer in _ATTACHED else None
+    if found is None and released:
+        found = next((released[i] for i in _reached(outputs) if i in released), None)
+    if found is not None:
+        raise UsageError(
+            f"{what} and GradientRelease on the same {type(found).__name__}: each parameter would "
+            "step with its scaled gradient during backward, before anything can be unscaled or "
+            "skipped",
+            hint="keep the gradients (release.detach()), or train in bf16, which needs no scale",
+        )
+
+
+def _reached(outputs: Any) -> Iterator[int]:
+    """Yield the ids of the leaves that backward from tensors, or lists of them, comes to."""
+    pending = [x.grad_fn for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+    seen = set(pending)
+    while pending:
+        node: Any = pending.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            yield id(node.variable)
+        fresh = {parent for parent, _ in node.next_functions} - seen
+        seen |= fresh
+        pending += fresh
 
 
 class GradientRelease:

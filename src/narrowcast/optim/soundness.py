@@ -17,7 +17,13 @@ from narrowcast.errors import UsageError
 from narrowcast.optim.states import STATE_STORES, Moment, StateStore
 from narrowcast.optim.weights import REMAINDER, WeightStore
 
-__all__ = ["dense_gradient", "require_distinct", "require_held", "require_storable"]
+__all__ = [
+    "dense_gradient",
+    "require_distinct",
+    "require_held",
+    "require_storable",
+    "write_mark",
+]
 
 _HINT = (
     "stores cannot be changed under a state: build another optimizer with these stores, and load "
@@ -50,11 +56,38 @@ def require_storable(parameter: Tensor, store: WeightStore) -> None:
             f"becomes {store.dtype}",
             hint="build the optimizer before the first backward pass, or clear the gradients",
         )
-    if parameter.layout is not torch.strided or (0 in parameter.stride() and parameter.numel() > 1):
+    if parameter.layout is not torch.strided or _shares_memory_with_itself(parameter):
         raise UsageError(
             f"{shown} has elements that share memory or none of their own",
             hint="make it a dense tensor: parameter.data = parameter.data.clone()",
         )
+
+
+def _shares_memory_with_itself(tensor: Tensor) -> bool:
+    """Whether two elements lie in one place."""
+    if tensor.numel() < 2:
+        return False
+    reach, is_nested = 0, True
+    dimensions = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    for stride, size in dimensions:
+        is_nested &= size == 1 or stride > reach
+        reach += (size - 1) * stride
+    if is_nested:  # each dimension steps over all that smaller strides can reach
+        return False
+    places = {0}
+    for stride, size in dimensions:
+        places = {place + i * stride for place in places for i in range(size)}
+    return len(places) < tensor.numel()
+
+
+def write_mark(parameter: Tensor) -> tuple[int, int, int]:
+    """Return what differs once a weight was written in place, or other memory put in its place.
+
+    A write through ``parameter.data`` moves none of it. The storage's own address, not that of its
+    bytes: a tensor without contents has one too.
+    """
+    storage: int = parameter.untyped_storage()._cdata
+    return parameter._version, storage, int(parameter.storage_offset())
 
 
 def require_distinct(parameters: Sequence[Tensor]) -> None:

@@ -11,7 +11,9 @@ import re
 import signal
 import threading
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import torch
 from torch.distributed import DistError
 
 from narrowcast.errors import NarrowcastError, ParallelError
@@ -23,6 +25,9 @@ _SYMPTOM = re.compile(
     r"gloo/|\[Gloo\]|NCCL|ncclRemoteError|Connection (closed|reset|refused)|Broken pipe"
     r"|monitoredBarrier|Application timeout|Timed out (after|waiting)|Socket Timeout"
 )
+
+# Where collectives are called from; what a user's own lines raise is a failure, whatever it says.
+_CALLERS = tuple(str(Path(file).parent) for file in (torch.__file__, Path(__file__).parent))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +75,21 @@ def symptom_in(error: BaseException | None) -> str:
     """
     while error is not None:
         text = str(error)
-        if isinstance(error, DistError | RuntimeError) and _SYMPTOM.search(text):
+        is_technical = isinstance(error, DistError | RuntimeError)
+        if is_technical and _SYMPTOM.search(text) and _comes_from_a_collective(error):
             return text.rpartition(".cc:")[2].partition("\n")[0].partition("] ")[2] or text[:120]
         if isinstance(error, DistError):
             return text[:120]
         error = error.__cause__ or error.__context__
     return ""
+
+
+def _comes_from_a_collective(error: BaseException) -> bool:
+    """Whether the line that raised is torch's or ours: they alone talk to other ranks."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or trace.tb_frame.f_code.co_filename.startswith(_CALLERS)
 
 
 def outlive_the_launcher() -> None:

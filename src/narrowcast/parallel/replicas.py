@@ -133,9 +133,7 @@ def _summing(
         summed = own.to(reduce)
         group = dist.group.WORLD
         assert group is not None, "a backward pass outside of the group that DDP was made in"
-        work = group.allreduce(
-            [summed]
-        )  # dist.all_reduce without its checks
+        work = group.allreduce([summed])  # dist.all_reduce without its checks
 
         def back(done: torch.futures.Future[Any]) -> Tensor:
             total: Tensor = done.value()[0]

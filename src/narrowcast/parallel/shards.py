@@ -1,21 +1,18 @@
 """FSDP2: every rank holds a part of each weight, and has a block whole only while it computes.
 
 torch's `fully_shard` cuts each parameter along its first dimension, gathers a block's before the
-block runs, forward and backward, and adds up its gradients right after. Here it is put on the
-repeated blocks, on large modules whose weights have another format than the model's (fp32 islands),
-and on the loss with the model inside of it: a loss may then call any method of the model.
+block runs, forward and backward, and adds up its gradients right after. ``cutting`` says where.
 
     module        p: DTensor over all ranks          what autograd, ledger and names know
     optimizer     p: this rank's rows, plain         the same memory, stepped as any tensor
 
 Gradients meet in the policy's reduction format and are added, not averaged, as in ``replicas``.
-Parameters without dimensions cannot be cut, and small ones of another format are not worth it:
-every rank holds them, and the engine adds up their gradients.
+Every rank holds what is not cut, and the engine adds up its gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -26,25 +23,18 @@ from torch import Tensor, nn
 
 from narrowcast.errors import UsageError
 from narrowcast.parallel.buffers import SharedBuffers
+from narrowcast.parallel.cutting import LossFunction, cut_in_units, require_shardable
 from narrowcast.parallel.peers import Ranks
-from narrowcast.parallel.scattering import AddedInPlace
 
 # What torch has for this takes a second and 45 MB to import, which a process that is alone saves.
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Piece", "Shards", "is_shared", "rows_of"]
+__all__ = ["Piece", "Shards", "is_shared", "require_one_order", "rows_of"]
 
-LossFunction = Callable[[nn.Module, Any], Any]
 Master = Callable[[Tensor], Tensor]
 """From this rank's part of a parameter to its fp32 values."""
 
-
-# Elements of a parameter that is not worth a message of its own. It is also what ``optim.states``
-# takes for small, for reasons of its own.
-_SMALL = 4096
 
 # Its newer name; the older one warns where there is the newer (torch 2.13).
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -60,6 +50,19 @@ def rows_of(rows: int, rank: int, ranks: int) -> tuple[int, int]:
     each = -(-rows // ranks)
     first = min(rank * each, rows)
     return first, min(each, rows - first)
+
+
+def require_one_order(orders: Iterable[float]) -> None:
+    """Raise UsageError if `Shards.order` differs between ranks.
+
+    Blocks of one size would have been put together from rows of different ones, without a word.
+    """
+    if len(set(orders)) > 1:
+        raise UsageError(
+            "the blocks of the model run in another order, or more or less often, on some ranks, "
+            "and fsdp2 gathers one block on all ranks at a time",
+            hint="let the path through the model not depend on the data, or use --parallel ddp",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,17 +85,6 @@ class Piece:
         return self.first * (self.shape.numel() // max(self.shape[0], 1))
 
 
-class _Call(nn.Module):
-    """A function of model and batch as a module, so that FSDP2 sees where it begins and ends."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: LossFunction, batch: Any) -> Any:
-        return function(self.model, batch)
-
-
 class Shards:
     """A model of which every rank holds a part, and the loss whose gradients meet."""
 
@@ -113,7 +105,7 @@ class Shards:
         """
         from torch.distributed.device_mesh import init_device_mesh
 
-        _require_shardable(model)
+        require_shardable(model)
         self.ranks = ranks
         self.reduce = reduce
         """Format in which gradients are added up."""
@@ -123,7 +115,7 @@ class Shards:
         device = next(model.parameters()).device
         self._mesh = init_device_mesh(device.type, (ranks.size,))
         before = dict(model.named_parameters())
-        self._root = _sharded(model, blocks, self._mesh, reduce)
+        self._root = cut_in_units(model, blocks, self._mesh, reduce)
         self.pieces = tuple(self._pieces(model, before))
         by_id = {id(piece.shared): piece for piece in self.pieces}
         self.named = {
@@ -137,6 +129,29 @@ class Shards:
         self.uncut = [(name, p) for name, p in model.named_parameters() if not is_shared(p)]
         """Parameters that every rank holds whole, by name."""
         self._syncs = True
+        self.order = 0.0
+        """Stands for the order in which units have been called so far; equal on all ranks."""
+        self._called: set[str] = set()
+        self._called_before: set[str] = set()
+        """Units that earlier micro-batches of the same step called."""
+        for number, unit in enumerate(self._units()):
+            unit.register_forward_pre_hook(self._counting(number))
+
+    def _units(self) -> list[nn.Module]:
+        """Return the modules that are gathered one at a time."""
+        from torch.distributed.fsdp import FSDPModule
+
+        return [cast("nn.Module", m) for m in self._root.modules() if isinstance(m, FSDPModule)]
+
+    def _counting(self, number: int) -> Callable[..., None]:
+        names = {module: name for name, module in self._root.model.named_modules()}
+
+        def note(unit: nn.Module, *_: object) -> None:
+            self._called.add(names.get(unit, ""))
+            # Numbers alone are hashed, which is the same in every process; fp64 holds 52 bits.
+            self.order = float(hash((self.order, number)) & (2**52 - 1))
+
+        return note
 
     def _pieces(self, model: nn.Module, before: dict[str, nn.Parameter]) -> Iterator[Piece]:
         for name, parameter in model.named_parameters():
@@ -146,9 +161,10 @@ class Shards:
                 cast("DTensor", parameter).to_local().detach(),
                 requires_grad=parameter.requires_grad,
             )
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                _handing_over_to(own)
-            )
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    _handing_over_to(own)
+                )
             shape = before[name].shape
             first, _ = rows_of(shape[0], self.ranks.rank, self.ranks.size)
             yield Piece(
@@ -176,16 +192,34 @@ class Shards:
             self._syncs = meets
         if meets:
             self._buffers.share()
+        self._called.clear()
         loss: Tensor = self._root(self._compute_loss, batch)
+        self._require_all_again(meets=meets)
         return loss
+
+    def _require_all_again(self, *, meets: bool) -> None:
+        """Raise UsageError if the last micro-batch leaves out a unit that an earlier one called.
+
+        Its gradients are held until a backward pass ends that goes through it (torch 2.13).
+        """
+        missing = self._called_before - self._called
+        self._called_before = set() if meets else self._called_before | self._called
+        if meets and missing:
+            raise UsageError(
+                f"the last micro-batch of a step does not use {', '.join(sorted(missing))}, which "
+                "an earlier one used, and fsdp2 exchanges gradients with the last",
+                hint="take one micro-batch a step, or use --parallel ddp",
+            )
 
     def measure(self, function: LossFunction, model: nn.Module, batch: Any) -> Any:
         """Return what a function of the model gives without gradients; every rank has to ask."""
         try:
-            return self._root(function, batch)
+            measured = self._root(function, batch)
         finally:
             # What no backward pass follows would stay gathered, and not follow the next step.
             self._root.reshard()
+        require_one_order(order for (order,) in self.ranks.each([self.order]))
+        return measured
 
     def whole(self, piece: Piece, own: Tensor) -> Tensor:
         """Return the whole of which every rank passes its own part, on every rank."""
@@ -211,18 +245,15 @@ class Shards:
 
         Costs the fp32 size of a block beside its own; those of the root as long as it computes.
         """
-        from torch.distributed.fsdp import FSDPModule
-
         pieces = {id(piece.shared): piece for piece in self.pieces}
         handles = []
-        for unit in [m for m in self._root.modules() if isinstance(m, FSDPModule)]:
-            slots = list(_slots(cast("nn.Module", unit), pieces))
+        for unit in self._units():
+            slots = list(_slots(unit, pieces))
             if all(each.own.element_size() >= 4 for _, _, each in slots):
                 continue
             wide = _Wide(self, slots, master)
-            module = cast("nn.Module", unit)
-            handles.append(module.register_forward_pre_hook(wide.enter))
-            handles.append(module.register_forward_hook(wide.leave, prepend=True, always_call=True))
+            handles.append(unit.register_forward_pre_hook(wide.enter))
+            handles.append(unit.register_forward_hook(wide.leave, prepend=True, always_call=True))
         try:
             yield
         finally:
@@ -285,101 +316,3 @@ def _handing_over_to(own: nn.Parameter) -> Callable[[Tensor], None]:
             hook(own)
 
     return hand_over
-
-
-def _sharded(
-    model: nn.Module, blocks: Collection[str], mesh: DeviceMesh, reduce: torch.dtype
-) -> Any:
-    """Put `fully_shard` on islands of another dtype, on blocks, and on the call round all."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    root = _Call(model)
-    usual = _usual_dtype(model)
-    uncut = _uncut(model, usual)
-    shared_out = {name: _shared_with_outside(model, name) for name in blocks}
-    policy = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
-
-    def shard(modules: list[nn.Module], ignored: set[nn.Parameter]) -> FSDPModule:
-        units: list[FSDPModule] = fully_shard(
-            modules, mesh=mesh, mp_policy=policy, ignored_params=ignored | uncut
-        )
-        unit = units[0]  # they have one state
-        # Added, not averaged, and by one operation that gloo has too.
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
-        if mesh.device_type == "cpu":
-            unit.set_custom_reduce_scatter(cast("Any", AddedInPlace()))
-        return unit
-
-    for island in _islands(model, usual, uncut):
-        shard(island, set())
-    for name in blocks:
-        shard([model.get_submodule(name)], shared_out[name])
-    return shard([root], set())
-
-
-def _usual_dtype(model: nn.Module) -> torch.dtype:
-    sizes: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _uncut(model: nn.Module, usual: torch.dtype) -> set[nn.Parameter]:
-    """Return the parameters that every rank holds whole.
-
-    Those without dimensions, and those of norms and the like that have another dtype than most:
-    cut, each such module would be gathered by itself, and what a plan makes again in backward from
-    a norm's weights would find them let go of.
-    """
-    found = {p for p in model.parameters() if p.dim() == 0}
-    for module in model.modules():
-        own = [p for p in module.parameters(recurse=False) if p.dtype is not usual]
-        if all(p.numel() < _SMALL for p in own):
-            found.update(own)
-    return found
-
-
-def _islands(
-    model: nn.Module, usual: torch.dtype, uncut: set[nn.Parameter]
-) -> Iterator[list[nn.Module]]:
-    """Yield the modules with parameters of another dtype, since a unit of FSDP2 has one only.
-
-    Those that share a weight come together.
-    """
-    waiting = [
-        module
-        for module in model.modules()
-        if any(p.dtype is not usual and p not in uncut for p in module.parameters(recurse=False))
-    ]
-    while waiting:
-        together = [waiting.pop(0)]
-        for module in together:  # grows on the way
-            held = set(module.parameters(recurse=False))
-            tied = [m for m in waiting if not held.isdisjoint(m.parameters(recurse=False))]
-            together += tied
-            waiting = [m for m in waiting if m not in tied]
-        yield together
-
-
-def _shared_with_outside(model: nn.Module, block: str) -> set[nn.Parameter]:
-    """Return the parameters of a block that modules outside of it hold as well: the root's."""
-    inside = set(model.get_submodule(block).modules())
-    outside = {
-        parameter
-        for module in model.modules()
-        if module not in inside
-        for parameter in module.parameters(recurse=False)
-    }
-    return {p for p in model.get_submodule(block).parameters() if p in outside}
-
-
-def _require_shardable(model: nn.Module) -> None:
-    """Raise UsageError for parameters that `fully_shard` cannot cut."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_contiguous():
-            raise UsageError(
-                f"parameter {name} of shape {tuple(parameter.shape)} is not contiguous, and fsdp2 "
-                "cuts rows of memory",
-                hint="build the model in torch's own memory format, or use --parallel ddp",
-            )

@@ -8,7 +8,7 @@ import torch
 
 from narrowcast.errors import UnknownName, UsageError
 from narrowcast.precision.device import device_at_hand
-from narrowcast.prediction.gpus import GPUS, Gpu
+from narrowcast.prediction.gpus import GPUS, Gpu, gpu_known_as
 
 __all__ = ["Place", "place_named"]
 
@@ -30,12 +30,13 @@ class Place:
 def place_named(name: str | None) -> Place:
     """Return the device of this name: cpu, cuda, a GPU by its model, or the best one at hand.
 
-    Capitals do not matter. Raises UnknownName with the nearest match, UsageError for a CUDA device
-    that is absent or whose kernels and sizes we do not know.
+    Capitals and spaces do not matter. Raises UnknownName with the nearest match, UsageError for a
+    CUDA device that is absent or whose kernels and sizes we do not know.
     """
     known = name.lower() if name is not None else None
-    if known in GPUS:
-        return Place(target=known, device=None)
+    gpu = None if known is None else gpu_known_as(known)
+    if gpu is not None:
+        return Place(target=gpu.name, device=None)
     if known is not None and known.partition(":")[0] not in ("cpu", "cuda"):
         raise UnknownName.of("device", str(name), ("cpu", "cuda", *GPUS))
     device = device_at_hand(known)

@@ -1,10 +1,11 @@
 """What torch and our optimizers do otherwise, or needlessly, with tensors that have no contents.
 
-Both contexts change module-level functions for as long as they are open, for fake tensors only.
+The contexts change module-level functions for as long as they are open, for fake tensors only.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,26 @@ from narrowcast.optim.layout import is_dense
 from narrowcast.optim.masters import write_master
 from narrowcast.optim.states import SMALL
 
-__all__ = ["modules_of_fakes", "replaced", "work_that_differs"]
+__all__ = ["modules_of_fakes", "replaced", "unlogged", "work_that_differs"]
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Keep torch from logging, with its own traceback, what an operation raises on fake tensors.
+
+    The exception itself arrives, and becomes one error with the user's line.
+    """
+    log = logging.getLogger(FakeTensor.__module__)
+    thread = threading.get_ident()
+
+    def passes_through(_: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread
+
+    log.addFilter(passes_through)
+    try:
+        yield
+    finally:
+        log.removeFilter(passes_through)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from narrowcast.errors import UnknownName
 
-__all__ = ["GPUS", "Gpu", "gpu_named"]
+__all__ = ["GPUS", "Gpu", "gpu_known_as", "gpu_named"]
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -92,6 +92,21 @@ GPUS: dict[str, Gpu] = {
 
 def gpu_named(name: str) -> Gpu:
     """Return the GPU of this name. Raises UnknownName with the nearest match."""
-    if name not in GPUS:
+    found = gpu_known_as(name)
+    if found is None:
         raise UnknownName.of("GPU", name, GPUS)
-    return GPUS[name]
+    return found
+
+
+def gpu_known_as(name: str) -> Gpu | None:
+    """Return the GPU of this name or title, however it is spaced: ``RTX 4090``, ``A100-80GB``."""
+    if name in GPUS:
+        return GPUS[name]
+    asked = _bare(name)
+    return next((gpu for gpu in GPUS.values() if asked in map(_bare, (gpu.name, gpu.title))), None)
+
+
+def _bare(name: str) -> str:
+    """Return a name without what its maker's own writing adds to it."""
+    words = name.lower().replace("-", " ").split()
+    return "".join(word for word in words if word not in ("nvidia", "geforce"))

@@ -36,7 +36,7 @@ from narrowcast.prediction.sharding import (
     shared,
 )
 from narrowcast.prediction.targets import Target, target_named
-from narrowcast.prediction.trace import Stage, explaining
+from narrowcast.prediction.trace import Explained, Stage, explaining
 from narrowcast.profiling import Bench, as_plan, first_batch, notes_on
 from narrowcast.recipes.load import Recipe, load_recipe, option_values
 from narrowcast.records.memory import MemoryRecord
@@ -87,7 +87,7 @@ def predict_memory(
         notes = [*size_notes, *notes_on_ranks(peers, break_even=break_even)]
 
         def build(plan: Plan, stage: Stage) -> Bench:
-            model, how = _model_of(recipe, stage)
+            model, how = _model_of(recipe.build_model, stage, "model(options)")
             notes.extend(note for note in how if note not in notes)
             return _bench(recipe, plan, stage, peers, model=model, data=data, batch=batch)
 
@@ -124,12 +124,16 @@ def predict_step_memory(
             hint="pass a function of the model that makes the optimizer",
         )
 
+    notes: list[str] = []
+
     def build(plan: Plan, stage: Stage) -> Bench:
-        parts = _parts_of(model, optimizer, stage)
-        return _plain_bench(*parts, loss=loss, batch=batch, plan=plan, stage=stage, name=name)
+        fake, its, how = _parts_of(model, optimizer, stage, name)
+        notes.extend(note for note in how if note not in notes)
+        return _plain_bench(fake, its, loss=loss, batch=batch, plan=plan, stage=stage, name=name)
 
     with torch.random.fork_rng(devices=[]), explaining(name):
-        return _predict(build, plan, target, break_even=break_even)
+        record = _predict(build, plan, target, break_even=break_even)
+    return replace(record, notes=(*notes, *record.notes))
 
 
 def _predict(build: Builder, plan: Plan, target: Target, *, break_even: bool) -> MemoryRecord:
@@ -187,22 +191,34 @@ def _notes_on_size(served: int, asked: int) -> list[str]:
     ]
 
 
-def _model_of(recipe: Recipe, stage: Stage) -> tuple[nn.Module, list[str]]:
-    """Build the model without contents, or where that cannot be, for real and then without."""
+def _model_of(
+    build: Callable[[], nn.Module], stage: Stage, called: str
+) -> tuple[nn.Module, list[str]]:
+    """Build the model without contents, or where that cannot be, for real and then without.
+
+    `build` turns what the user's function raises into a RecipeError; `called` names that function.
+    """
     try:
         with stage:
-            model = recipe.build_model()
+            model = build()
         built: list[str] = []
     except RecipeError as error:
         if error.__cause__ is None:
             raise
-        model = recipe.build_model()
+        model = _really_built(build)
         why = type(error.__cause__).__name__
-        built = [f"the model was built in real memory: model(options) needs values ({why})"]
+        built = [f"the model was built in real memory: {called} needs values ({why})"]
     tensors = [*model.parameters(), *model.buffers()]
     if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
         model = stage.copy(model)
     return model, built
+
+
+def _really_built(build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except RecipeError as error:  # with values or without: no matter of a trace
+        raise Explained(error.message, hint=error.hint) from error.__cause__
 
 
 def _bench(
@@ -233,14 +249,25 @@ def _parts_of(
     model: nn.Module | Callable[[], nn.Module],
     optimizer: Optimizer | Callable[[nn.Module], Optimizer],
     stage: Stage,
-) -> tuple[nn.Module, Optimizer]:
-    """Return a model and its optimizer without contents."""
+    name: str,
+) -> tuple[nn.Module, Optimizer, list[str]]:
+    """Return a model and its optimizer without contents, and what is to be said of the way."""
     if isinstance(optimizer, Optimizer):
-        copied: tuple[nn.Module, Optimizer] = stage.copy((model, optimizer))
-        return copied
-    with stage, user_code(None, "building the model and the optimizer"):
-        fake = stage.copy(model) if isinstance(model, nn.Module) else model()
-        return fake, optimizer(fake)
+        return *stage.copy((model, optimizer)), []
+    how: list[str] = []
+    if isinstance(model, nn.Module):
+        fake = stage.copy(model)
+    else:
+        make = model
+
+        def build() -> nn.Module:
+            with user_code(None, "building the model"):
+                return make()
+
+        fake, how = _model_of(build, stage, "the function that makes it")
+    making = f"{name}: making the optimizer"
+    with explaining(making), stage, user_code(None, making):
+        return fake, optimizer(fake), how
 
 
 def _plain_bench(

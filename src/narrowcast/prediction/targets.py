@@ -27,7 +27,7 @@ from narrowcast.precision.device import (
 from narrowcast.prediction.cpu_kernels import CpuKernels
 from narrowcast.prediction.cuda_ops import cuda_kernels
 from narrowcast.prediction.gpu_record import on_gpu
-from narrowcast.prediction.gpus import GPUS, Gpu
+from narrowcast.prediction.gpus import GPUS, Gpu, gpu_known_as
 from narrowcast.prediction.trace import Stage, trace_from_start, trace_steps
 from narrowcast.profiling import Bench
 from narrowcast.records.memory import MemoryRecord
@@ -142,6 +142,7 @@ def target_named(name: str) -> Target:
     """Return the target of this name. Raises UnknownName with the nearest match."""
     if name == "cpu":
         return Cpu()
-    if name not in GPUS:
+    gpu = gpu_known_as(name)
+    if gpu is None:
         raise UnknownName.of("device to predict for", name, ("cpu", *GPUS))
-    return CudaGpu(GPUS[name])
+    return CudaGpu(gpu)

@@ -37,14 +37,14 @@ from torch.utils._pytree import tree_map_only
 from narrowcast.errors import NarrowcastError, RecipeError
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.memory.storages import Holding
-from narrowcast.prediction.fakes import modules_of_fakes, work_that_differs
+from narrowcast.prediction.fakes import modules_of_fakes, unlogged, work_that_differs
 from narrowcast.prediction.recall import Recall
 from narrowcast.prediction.sight import taken_beside
 from narrowcast.prediction.sparse import sparse_rule
 from narrowcast.profiling import Bench
 from narrowcast.user_code import user_traceback
 
-__all__ = ["Stage", "WholeTrace", "explaining", "trace_from_start", "trace_steps"]
+__all__ = ["Explained", "Stage", "WholeTrace", "explaining", "trace_from_start", "trace_steps"]
 
 _READ = torch.ops.aten._local_scalar_dense.default
 _DEVICE = torch.ops.prim.device.default
@@ -103,6 +103,7 @@ class Stage:
 
     def __enter__(self) -> Stage:
         with ExitStack() as stack:
+            stack.enter_context(unlogged())
             stack.enter_context(modules_of_fakes())
             stack.enter_context(work_that_differs())
             for mode in (self._mode, self._answers, *self._kernels):
@@ -201,11 +202,17 @@ def _take(bench: Bench, steps: int) -> None:
         assert applied, "no number that the engine reads from a fake tensor is infinite"
 
 
+class Explained(RecipeError):
+    """A recipe's mistake that is told already, as one of a trace or as one that any run has."""
+
+
 @contextmanager
 def explaining(name: str, path: Path | None = None) -> Iterator[None]:
     """Turn what cannot be traced into one error that names the operation and the user's line."""
     try:
         yield
+    except Explained:
+        raise
     except RecipeError as error:
         cause = error.__cause__
         if cause is None:  # what a part returned was wrong, with values or without
@@ -221,13 +228,13 @@ def explaining(name: str, path: Path | None = None) -> Iterator[None]:
         raise _untraceable(name, path, error) from error
 
 
-def _untraceable(name: str, path: Path | None, error: BaseException) -> RecipeError:
+def _untraceable(name: str, path: Path | None, error: BaseException) -> Explained:
     if isinstance(error, _WITHOUT_VALUES):
         what = f"{error.func} needs the values of tensors, and a prediction has only sizes"
     else:
         what = f"on tensors that have sizes and no values it raised {type(error).__name__}: {error}"
     lines = user_traceback(error, path)
-    return RecipeError(
+    return Explained(
         f"{name} cannot be traced: {what}" + (f"\n{lines}" if lines else ""),
         hint="`narrowcast memory` measures a step with real tensors; or keep item(), float(), an "
         "`if` on a tensor, nonzero() and boolean masks out of model and loss",

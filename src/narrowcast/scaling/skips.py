@@ -209,6 +209,14 @@ class SkipLedger:
         late = [o.skip for outcomes in (*self._uncounted, current) for o in outcomes]
         return (*self._skips, *(skip for skip in late if skip))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the step under way is of one optimizer that, as the host knows, stepped."""
+        if len(self.attempts) != 1:
+            return False
+        outcome = self.attempts[0][1]
+        return outcome.flags is None and outcome.skip is None
+
     def record(self, optimizer: Optimizer, skip: SkippedStep | None) -> None:
         self.attempts.append((optimizer, StepOutcome(self.steps + 1, skip)))
         self.last = self.attempts[-1][1]
