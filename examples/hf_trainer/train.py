@@ -59,7 +59,7 @@ def main() -> None:
             learning_rate=3e-3,
             fp16=asked.precision == "fp16",  # the Trainer's word for what attach() carries out
             bf16=asked.precision == "bf16",
-            logging_steps=10,
+            logging_steps=min(10, asked.steps),
             save_steps=20,
             report_to=[],
             disable_tqdm=True,

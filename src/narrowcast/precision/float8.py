@@ -279,12 +279,12 @@ def what_it_saves(policy: Policy) -> str:
     """Say what fp8 saves and what it does not, before a run; empty for a policy without it."""
     if policy.linears == "compute":
         return ""
+    wide = "fp8 saves time, not memory: what backward keeps, gradients and weights stay as wide"
     if policy.emulates:
         return (
-            "fp8 is emulated: products are computed in fp32 from factors rounded to fp8; the "
-            "values are those of fp8, time and memory are not"
+            "fp8 is emulated: products are computed in fp32 from factors rounded to fp8; values are "
+            f"those of fp8, time and peak memory are not. {wide}"
         )
-    wide = "fp8 saves time, not memory: what backward keeps, gradients and weights stay as wide"
     if policy.keeps_master:
         return f"{wide}; precision fp8-split adds stores that save memory"
     return f"{wide} as without it; memory is saved by the stores"

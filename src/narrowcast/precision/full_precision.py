@@ -34,7 +34,7 @@ Widen = Callable[[Tensor], Tensor]
 
 
 def _is_cut(tensor: Tensor) -> bool:
-    """Whether this is a rank's part of a weight (a DTensor), which is widened where it is gathered."""
+    """Whether this is a rank's part of a weight, a DTensor, which is widened where gathered."""
     return hasattr(tensor, "device_mesh")
 
 
