@@ -282,8 +282,8 @@ def what_it_saves(policy: Policy) -> str:
     wide = "fp8 saves time, not memory: what backward keeps, gradients and weights stay as wide"
     if policy.emulates:
         return (
-            "fp8 is emulated: products are computed in fp32 from factors rounded to fp8; values are "
-            f"those of fp8, time and peak memory are not. {wide}"
+            "fp8 is emulated: products are computed in fp32 from factors rounded to fp8; values "
+            f"are those of fp8, time and peak memory are not. {wide} as without it"
         )
     if policy.keeps_master:
         return f"{wide}; precision fp8-split adds stores that save memory"
