@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from results_page.page import Page, table
-from results_page.svg import Series, lines
+from results_page.svg import Bar, bars
 
 from narrowcast.files import write_atomically
 from narrowcast.units import format_bytes
@@ -123,19 +122,15 @@ def _traffic(
 
 
 def _chart(rows: Rows) -> str:
-    series = []
-    for plan in _PLANS:
-        found = [
-            _find(rows, shape="6.7B", plan=plan, parallel="fsdp2", ranks=n) for n in _ranks(rows)
-        ]
-        values = [math.nan if r is None else math.log2(r["peak_bytes"] / _GIB) for r in found]
-        series.append(Series(label=plan, values=values))
-    return lines(
-        "6.7B parameters, FSDP2: memory of a rank (computed)",
-        series,
-        x_axis=f"{', '.join(str(n) for n in _ranks(rows))} ranks, from left to right",
-        y_axis="log2 of GiB: one less is half as much",
-    )
+    drawn = []
+    for ranks in _ranks(rows):
+        for group, plan in enumerate(_PLANS):
+            row = _find(rows, shape="6.7B", plan=plan, parallel="fsdp2", ranks=ranks)
+            if row is not None:
+                gib = row["peak_bytes"] / _GIB
+                label = f"{plan}, {ranks:,} rank{'s' * (ranks > 1)}"
+                drawn.append(Bar(label=label, value=gib, group=group))
+    return bars("6.7B parameters, FSDP2: memory of a rank (computed)", drawn, axis="GiB")
 
 
 def _checks(record: dict[str, Any]) -> Iterator[str]:
