@@ -64,6 +64,8 @@ def require_kept(what: str, *, outputs: Any = (), optimizer: Optimizer | None = 
     Looks at the graph only where something is released. What a checkpoint of torch's older kind
     (``use_reentrant=True``) hides from the graph is seen with the optimizer alone.
     """
+    if not _ATTACHED:  # a scaler asks three times a step
+        return
     released = {id(p): o for o in _ATTACHED for p in _owned(o)}
     found = optimizer if optimizer in _ATTACHED else None
     if found is None and released:
