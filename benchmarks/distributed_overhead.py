@@ -58,8 +58,13 @@ NAME = "distributed-overhead-cpu"
 RANKS = 2
 TARGET = 0.02
 CLIP = 1.0
-WARM = 20
-"""Rounds at the beginning that are not timed."""
+
+
+def warm(count: int) -> int:
+    """Return how many rounds at the beginning are not timed."""
+    return min(20, count // 2)
+
+
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU = torch.device("cpu")
 
@@ -178,7 +183,7 @@ def rounds_of(
     chance = random.Random(0)
     order = list(arms)
     seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in arms}
-    for number in range(WARM + count):
+    for number in range(warm(count) + count):
         _, batch = next(stream)
         chance.shuffle(order)
         for name in order:
@@ -186,14 +191,14 @@ def rounds_of(
             wall, cpu = time.perf_counter(), time.process_time()
             loss = arms[name](batch)
             found = time.perf_counter() - wall, time.process_time() - cpu, loss
-            if number >= WARM:
+            if number >= warm(count):
                 seen[name].append(found)
     return seen
 
 
 def measure(recipe: Recipe, precision: str, count: int, ranks: Ranks) -> Row | None:
     """Train all arms, round by round; the row is rank 0's to return."""
-    steps = WARM + count
+    steps = warm(count) + count
     arms = {
         "hand": by_hand(ranks.kind, recipe, precision, steps),
         "ours": ours(recipe, precision, steps, ranks),

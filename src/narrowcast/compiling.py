@@ -1,11 +1,12 @@
 """A model under torch.compile that gives what it gives without: what has to be set, and is counted.
 
-torch.compile as it comes differs from eager training in three ways that matter to a precision, and
+torch.compile as it comes differs from eager training in ways that matter to a precision, and
 each is settled here:
 
     autocast in backward   a graph is traced under the autocast of its forward pass, backward as
                            well, so that an fp32 island gets a 16-bit backward: switched off
     random numbers         are drawn as torch draws them; the compiler has a generator of its own
+    traces on disk         are not used, as torch 2.11 takes those of another format for its own
     shapes                 get one graph each, so that no step depends on the shapes before it
 
 What is compiled is the call of the model, its hooks included, and nothing else: loss, optimizer and
@@ -203,7 +204,10 @@ class CompiledCall:
         if torch.is_grad_enabled() and not is_anew:
             self._read.update(id(each) for each in inputs if isinstance(each, nn.Parameter))
             _count_executed(graph, self._executed)
-        with functorch.patch(backward_pass_autocast="off"):  # noqa: S106 -- no password
+        # Torch 2.11 keeps traces on disk under a key that knows not which format autocast had:
+        # bf16 then ran a graph in fp16. What inductor made of a trace is kept under the trace.
+        settings: dict[str, Any] = {"backward_pass_autocast": "off", "enable_autograd_cache": False}
+        with functorch.patch(settings):
             return self._compiler(graph, inputs)
 
     def _troubles(self) -> tuple[Counter[str], Counter[str]]:
@@ -267,5 +271,6 @@ def _failure(backend: str, error: Exception) -> UsageError:
     said = next((line for line in str(root).splitlines() if line.strip()), "")
     return UsageError(
         f"{backend} could not compile the model: {type(root).__name__}: {said}",
-        hint="train without compile; TORCH_LOGS=+dynamo,+inductor shows what it tried",
+        hint="train without compile; TORCH_LOGS=+dynamo,+inductor shows what it tried. A killed "
+        "compilation leaves torn files behind: another TORCHINDUCTOR_CACHE_DIR begins anew",
     )

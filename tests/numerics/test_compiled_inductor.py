@@ -94,6 +94,21 @@ def test_inductor_is_as_close_to_the_truth_as_eager_code(name: str) -> None:
     assert worst[0] <= 2, worst
 
 
+def test_no_format_is_served_the_graph_of_another() -> None:
+    """fp16 has 8 times the precision of bf16, also where the other's graph is on disk already.
+
+    With its traces kept on disk torch 2.11 takes the first one's for both.
+    """
+    apart: dict[str, dict[str, float]] = {}
+    for name in ("fp16", "bf16", "fp16"):
+        torch._dynamo.reset()
+        plan = plan_named(name)
+        truth, found = reference(torch.float32, plan), gradients(plan, compiled=True)
+        apart[name] = {n: float((found[n] - true).norm()) for n, true in truth.items()}
+
+    assert all(apart["bf16"][n] > 2 * apart["fp16"][n] for n in apart["fp16"]), apart
+
+
 def test_dropout_drops_what_it_drops_uncompiled() -> None:
     """Drawn from torch's generator: another mask would move gradients by tens of percent."""
     plan = plan_named("fp32")

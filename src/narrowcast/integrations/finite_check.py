@@ -189,12 +189,16 @@ class HostScaler(GradScaler):
         seen = flags.raised(pending)
         self._per_optimizer_states[id(optimizer)]["seen_again"] = dict(enumerate(seen))
 
-    def update(self, new_scale: float | Tensor | None = None) -> None:
-        """Move the scale and count the step; raises PrecisionError for a hopeless row of skips."""
-        for optimizer, outcome in self._ledger.attempts:
-            if outcome.flags is not None or outcome.skip is not None:
-                self._flags.pop(id(optimizer), None)  # up, or on the device and not known yet
-        super().update(new_scale)
+    def _judge(self, optimizer: Optimizer, state: dict[str, Any]) -> SkippedStep | None:
+        skip = super()._judge(optimizer, state)
+        if skip is not None:
+            self._flags.pop(id(optimizer), None)  # up, and they do not go down
+        return skip
+
+    def _record_fused(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        super()._record_fused(optimizer, state)
+        if not self._reads_are_free():
+            self._flags.pop(id(optimizer), None)  # on the device, and not known yet
 
 
 def _dense(optimizer: Optimizer) -> list[Tensor]:
