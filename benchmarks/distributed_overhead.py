@@ -58,13 +58,6 @@ NAME = "distributed-overhead-cpu"
 RANKS = 2
 TARGET = 0.02
 CLIP = 1.0
-
-
-def warm(count: int) -> int:
-    """Return how many rounds at the beginning are not timed."""
-    return min(20, count // 2)
-
-
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU = torch.device("cpu")
 
@@ -174,6 +167,11 @@ def median_ratio(ours: list[float], hand: list[float]) -> tuple[float, tuple[flo
         round(statistics.median(ratios), 5),
         (round(ratios[low], 5), round(ratios[high], 5)),
     )
+
+
+def warm(count: int) -> int:
+    """Return how many rounds at the beginning are not timed."""
+    return min(20, count // 2)
 
 
 def rounds_of(
