@@ -259,6 +259,8 @@ def _robustness(records: Records, page: Page) -> None:
         totals = record["totals"]
         page.say("### Diagnosis",
                  f"{totals['named_first']} of {totals['faults']} planted faults are named first; "
+                 f"{totals['fp32_failing']} of them fail in fp32 too, of which "
+                 f"{totals['fp32_failing_blamed_on_precision']} are blamed on precision; "
                  f"{totals['healthy_accused']} of {totals['healthy']} healthy trainings are "
                  "accused.")  # fmt: skip
         page.source("diagnosis-cpu", record)

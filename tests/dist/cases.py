@@ -172,6 +172,7 @@ def sharded(case: Cases, root: Path, other: Path | None) -> None:
         cut("strided", "fp32", "strided=true", recipe=PARTS)
         cut("fickle", "fp32", "fickle=true", recipe=PARTS)
         cut("crossed", "fp32", "crossed=true", recipe=PARTS)
+        cut("thawing", "fp32", "frozen=true", "thawing=true", recipe=PARTS)
         cut("leaving", "fp32", "leaving=true", recipe=PARTS, accumulate=2)
         cut("shadow", "bf16", watch=2, shadow=True)
         case("fsdp2-released", lambda t: run(t, root / "no", released()), kind="fsdp2")

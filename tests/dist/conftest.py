@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dist.launch import HERE, torchrun
 
@@ -32,6 +33,14 @@ def _seen(ranks: int, root: Path, *others: Path) -> Seen:
     return Seen(
         root, [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ class Options:
     frozen: bool = False
     crossed: bool = False
     leaving: bool = False
+    thawing: bool = False
 
 
 class Block(nn.Module):
@@ -45,6 +46,7 @@ class Net(nn.Module):
         width, rows = (128, 64) if options.even else (80, 65)
         self.crossed = options.crossed
         self.leaving, self.passes = options.leaving, 0
+        self.thawing = options.thawing
         self.enter = nn.Linear(3, width)
         self.blocks = nn.ModuleList(Block(width, options.norms) for _ in range(2))
         self.wide = nn.Linear(width, rows)
@@ -103,6 +105,8 @@ def _predict(model, inputs):
 
 def loss(model, batch):
     inputs, targets = batch
+    if hasattr(model, "nothing") and model.thawing:
+        model.blocks[0].requires_grad_(True)
     return nn.functional.mse_loss(_predict(model, inputs).float(), targets)
 
 

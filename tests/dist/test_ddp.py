@@ -26,14 +26,6 @@ U = 2.0**-24
 """Unit roundoff of fp32."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def weights_of(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "weights.safetensors")
 

@@ -24,14 +24,6 @@ U = 2.0**-24
 """Unit roundoff of fp32."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def assert_equal(one: Path, other: Path) -> None:
     first, second = (load_file(d / "weights.safetensors") for d in (one, other))
     assert {n: t.shape for n, t in first.items()} == {n: t.shape for n, t in second.items()}
@@ -258,6 +250,7 @@ def test_models_that_ddp_can_train_are_trained_alike(two: Seen, case: str) -> No
         ("strided", "parameter wide.weight of shape (65, 80) is not contiguous"),
         ("fickle", "a parameter takes part in the loss on some ranks only"),
         ("crossed", "the blocks of the model run in another order"),
+        ("thawing", "was frozen when training began and is not any more"),
         ("leaving", "the last micro-batch of a step does not use blocks.1, which an earlier one"),
         ("shadow", "a shadow in fp32 needs whole weights"),
     ],

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["LossFunction", "cut_in_units", "require_shardable"]
+__all__ = ["OfModel", "cut_in_units", "require_shardable"]
 
-LossFunction = Callable[[nn.Module, Any], Any]
+OfModel = Callable[[nn.Module, Any], Any]
+"""What is computed of a model and a batch: a loss, or metrics."""
 
 # Elements of a parameter that is not worth a message of its own. It is also what ``optim.states``
 # takes for small, for reasons of its own.
@@ -38,7 +39,7 @@ class _Call(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, function: LossFunction, batch: Any) -> Any:
+    def forward(self, function: OfModel, batch: Any) -> Any:
         return function(self.model, batch)
 
 

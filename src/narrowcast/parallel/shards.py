@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from narrowcast.errors import UsageError
 from narrowcast.parallel.buffers import SharedBuffers
-from narrowcast.parallel.cutting import LossFunction, cut_in_units, require_shardable
+from narrowcast.parallel.cutting import OfModel, cut_in_units, require_shardable
 from narrowcast.parallel.peers import Ranks
+from narrowcast.parallel.replicas import LossFunction
 
 # What torch has for this takes a second and 45 MB to import, which a process that is alone saves.
 if TYPE_CHECKING:
@@ -195,7 +196,18 @@ class Shards:
         self._called.clear()
         loss: Tensor = self._root(self._compute_loss, batch)
         self._require_all_again(meets=meets)
+        self._require_still_frozen()
         return loss
+
+    def _require_still_frozen(self) -> None:
+        """Raise UsageError for a parameter that was frozen when it was cut, and is not any more."""
+        for piece in self.pieces:
+            if piece.shared.requires_grad and not piece.own.requires_grad:
+                raise UsageError(
+                    f"parameter {piece.name} was frozen when training began and is not any more, "
+                    "and fsdp2 has no place for its gradient",
+                    hint="let it require gradients from the start, or use --parallel ddp",
+                )
 
     def _require_all_again(self, *, meets: bool) -> None:
         """Raise UsageError if the last micro-batch leaves out a unit that an earlier one called.
@@ -211,7 +223,7 @@ class Shards:
                 hint="take one micro-batch a step, or use --parallel ddp",
             )
 
-    def measure(self, function: LossFunction, model: nn.Module, batch: Any) -> Any:
+    def measure(self, function: OfModel, model: nn.Module, batch: Any) -> Any:
         """Return what a function of the model gives without gradients; every rank has to ask."""
         try:
             measured = self._root(function, batch)

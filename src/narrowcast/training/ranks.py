@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from narrowcast.engine.ranks import blocks_of
 from narrowcast.errors import ParallelError
 from narrowcast.parallel.failures import PeerFailed
 from narrowcast.parallel.peers import Peers
@@ -57,6 +58,8 @@ def shared_notes(parts: Assembly) -> tuple[str, ...]:
     if not peers.kind:
         return ()
     notes = [f"{peers.kind} on {peers.size} ranks: {size // peers.size} of {size} samples on each"]
+    if peers.cuts and not blocks_of(parts.engine.model):
+        notes.append("the model has no repeated blocks: all of it is gathered at once")
     if peers.size > 1 and any(isinstance(m, _BatchNorm) for m in parts.engine.model.modules()):
         notes.append(
             "batch norms normalise by the samples of their own rank, and the running statistics "
