@@ -73,7 +73,7 @@ def planned(planner: Planner, recipe: Recipe, budget: int, steps: int) -> dict[s
 
 def single_levers(planner: Planner) -> list[Plan]:
     """Return the plans that change one axis of plain fp32 training, and that itself."""
-    space = planner.space
+    space = planner.ways[""].space
     return [
         plan
         for plan in candidates(space)
@@ -97,12 +97,12 @@ def timed(recipe: Recipe, plans: list[Plan]) -> dict[Plan, tuple[float, float]]:
 def case(name: str, options: list[str], steps: int) -> list[dict[str, Any]]:
     recipe = load_recipe(name, options)
     planner = Planner(recipe, device="cpu")
-    top = planner.peaks.need(PLANS["fp32"]).bytes
+    top = planner.ways[""].peaks.need(PLANS["fp32"]).bytes
     rows = [planned(planner, recipe, int(top * RATIO**i), steps) for i in range(BUDGETS)]
     singles = single_levers(planner)
     chosen = [row["plan"] for row in rows if "plan" in row]
     times = timed(recipe, list(dict.fromkeys([*chosen, *singles])))
-    needs = {plan: planner.peaks.need(plan).bytes for plan in singles}
+    needs = {plan: planner.ways[""].peaks.need(plan).bytes for plan in singles}
     for row in rows:
         judge(row, times, needs)
     for larger, smaller in pairwise(rows):

@@ -8,10 +8,10 @@ Computed, not measured: torch's own DDP and FSDP2 on tensors without contents (`
 --world --parallel`). DDP is traced whole, FSDP2 on models of four and of five blocks. Their steps
 are cut into stretches: before the blocks, in each of the first two and of the last two, after them;
 in forward, backward and update. The highest moment of each grows by the same amount with every
-block, since neighbours gather and add up while a block computes, and all blocks that have two of
-them do alike. The peak of the whole model is the highest of the stretches so extended. That is held
-against predictions of all twelve blocks of GPT-2, and predictions against ranks that were run. The
-record is benchmarks/results/scaling.json.
+block, since all blocks that have two neighbours do alike, but for small gradients that are sent
+together with those of the next. The peak of the whole model is the highest of the stretches so
+extended. That is held against predictions of all twelve blocks of GPT-2, and predictions against
+ranks that were run. The record is benchmarks/results/scaling.json.
 """
 
 from __future__ import annotations

@@ -208,14 +208,17 @@ def _adapters(records: Records, page: Page) -> None:
         return
     page.say(
         "### What the adapters cost",
-        "Microseconds a step over the trainer's own precision handling, same smallest model.",
+        "Microseconds a step over the trainer's own precision handling, same smallest model. The "
+        "control is the trainer's own over itself, measured in the same way.",
     )
     body = []
     for row in record["rows"]:
         low, high = row["quartiles_us"]
         cost = f"{row['overhead_us']:+.1f} ({low:+.1f} to {high:+.1f})"
-        body.append((row["host"], row["precision"], f"{row['own_us']:.0f}", cost, row["n"]))
-    head = ("trainer", "precision", "its own step, us", "ours on top, us", "n")
+        control = f"{row['control_us']:+.1f}" if "control_us" in row else "not measured"
+        own = f"{row['own_us']:.0f}"
+        body.append((row["host"], row["precision"], own, cost, control, row["n"]))
+    head = ("trainer", "precision", "its own step, us", "ours on top, us", "control, us", "n")
     page.say(table(head, body))
     page.source("adapters-cpu", record)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,14 @@ from narrowcast.plan import Plan
 from narrowcast.policy import Policy
 from narrowcast.records.codec import RecordError, dumps, from_json
 
-__all__ = ["PolicyFile", "Promise", "read_plan", "read_promise", "write_policy"]
+__all__ = [
+    "PolicyFile",
+    "Promise",
+    "naming_differences",
+    "read_plan",
+    "read_promise",
+    "write_policy",
+]
 
 _HINT = (
     "give what `narrowcast plan --output FILE` or `narrowcast diagnose --minimal-fp32` wrote, the "
@@ -48,9 +56,20 @@ class Promise:
     batch_size: int
     device: str
     """``cpu``, a GPU by name, or what a CUDA device at hand calls itself."""
+    world: int = 1
+    """How many ranks share the training."""
+    parallel: str = ""
+    """How they do."""
 
     def differences(
-        self, *, recipe: str, options: dict[str, Any], batch_size: int, devices: Container[str]
+        self,
+        *,
+        recipe: str,
+        options: dict[str, Any],
+        batch_size: int,
+        devices: Container[str],
+        world: int = 1,
+        parallel: str = "",
     ) -> tuple[str, ...]:
         """Say in what another training differs; `devices` are all names of the one it runs on."""
         found = []
@@ -71,7 +90,25 @@ class Promise:
             found.append(f"batches of {self.batch_size}, and these are of {batch_size}")
         if self.device not in devices:
             found.append(f"device {self.device}, and this is another")
+        if (world, parallel) != (self.world, self.parallel):
+            found.append(
+                f"{_sharing(self.world, self.parallel)}, and this is {_sharing(world, parallel)}"
+            )
         return tuple(found)
+
+
+@contextmanager
+def naming_differences(notes: Sequence[str]) -> Iterator[None]:
+    """Begin the hint of a refusal with `notes` on what the plan was found for: it may be why."""
+    try:
+        yield
+    except UsageError as error:
+        error.hint = "; ".join([*notes, error.hint] if error.hint else notes)
+        raise
+
+
+def _sharing(world: int, parallel: str) -> str:
+    return f"{parallel} on {world} ranks" if parallel else "one process"
 
 
 def read_plan(path: Path) -> Plan:
@@ -97,7 +134,8 @@ def read_promise(path: Path) -> Promise | None:
     data = _read(path)
     if not isinstance(data, dict) or data.get("budget_bytes") is None:
         return None
-    known = {f.name: data.get(f.name) for f in fields(Promise)} | {"device": _device_in(data)}
+    known = {f.name: data.get(f.name) for f in fields(Promise)}
+    known |= {"device": _device_in(data)} | _ranks_in(data)
     try:
         promise = from_json(Promise, known)
     except RecordError as error:
@@ -118,6 +156,14 @@ def _device_in(data: dict[str, Any]) -> Any:
     machine = environment if isinstance(environment, dict) else {}
     device = data.get("device") or machine.get("device")
     return machine.get("device_name") if str(device).startswith("cuda") else device
+
+
+def _ranks_in(data: dict[str, Any]) -> dict[str, Any]:
+    """Return how many ranks share a training and how, of a plan or of a run."""
+    chosen = data.get("chosen")
+    held = chosen if isinstance(chosen, dict) else data
+    world = data.get("world", data.get("ranks", 1))
+    return {"world": world, "parallel": held.get("parallel", "")}
 
 
 def _read(path: Path) -> Any:

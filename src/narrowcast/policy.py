@@ -212,5 +212,7 @@ def policy_named(name: str) -> Policy:
     """
     canonical = ALIASES.get(name, name)
     if canonical not in POLICIES:
-        raise UnknownName.of("precision", name, [*POLICIES, *ALIASES, "auto"])
+        error = UnknownName.of("precision", name, [*POLICIES, *ALIASES, "auto"])
+        error.hint += "; plans, such as lean, are not policies: narrowcast.plan.plan_named"
+        raise error
     return POLICIES[canonical]

@@ -58,8 +58,7 @@ __all__ = [
 ]
 
 _WARM_UP_STEPS = 2
-# Dynamic loss scaling may have to come down from 2**16 before the first step is applied.
-_MOST_STEPS = 30
+_MOST_STEPS = 30  # dynamic loss scaling may have to come down from 2**16 before one is applied
 # With real tensors on a CPU, a search that needs more than this is not worth its time.
 _MOST_REAL_BYTES = 2**30
 
@@ -194,6 +193,7 @@ class Bench:
                 applied += self.step()
                 continue
             ledger = MemoryLedger(self.model, self.optimizer, device=self.device)
+            ledger.gradients(self.buckets())
             with ledger:
                 ledger.inputs(self.batch)
                 done = self.step()

@@ -92,6 +92,12 @@ def _hint(error: BaseException) -> str:
     if "could not create a primitive" in str(error):
         # What oneDNN says, for instance, of training an LSTM in fp16 (torch 2.13 on a CPU).
         return "the CPU has no kernel for this layer in this precision: try bf16 or fp32"
+    if "not support sparse gradients" in str(error):
+        return (
+            "build the embedding with sparse=False, or define optimizer(model, options) and return "
+            "one that takes sparse gradients, such as SGD or Adagrad: a recipe without it gets "
+            "AdamW, which takes none"
+        )
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"install what provides {error.name!r} in the environment that narrowcast runs in"
     return ""

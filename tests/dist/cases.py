@@ -10,13 +10,16 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from narrowcast.errors import NarrowcastError
 from narrowcast.parallel.meeting import Meeting
@@ -26,6 +29,7 @@ from narrowcast.plan import Plan, plan_named
 from narrowcast.policy import POLICIES
 from narrowcast.recipes.load import load_recipe
 from narrowcast.records.codec import to_json
+from narrowcast.records.run import StepPoint
 from narrowcast.training.train import TrainOptions, train
 
 RECIPE = str(Path(__file__).parent / "line.py")
@@ -78,6 +82,13 @@ def islands() -> Plan:
     return replace(plan, name="islands", policy=policy)
 
 
+def tied_islands() -> Plan:
+    """Keep two layers in fp32 that share a weight large enough to be cut, one inside a block."""
+    plan = plan_named("bf16-split")
+    policy = plan.policy.keeping_fp32("blocks.1.layer", "outer")
+    return replace(plan, name="tied-islands", policy=policy)
+
+
 Act = Callable[[Together], Any]
 
 
@@ -125,17 +136,26 @@ def whole_models(case: Cases, root: Path) -> None:
     for name, kind in (("overflow", 1), ("infinite", 2)):
         settings = ("odd=7", f"kind={kind}")
         case(name, lambda t, n=name, s=settings: run(t, root / n, "fp16", *s))  # type: ignore[misc]
-    case("whole", lambda t: run(t, root / "whole", "bf16-split", "dropout=0.3"))
-    cut = root / "cut"
-    case("cut", lambda t: run(t, cut, "bf16-split", "dropout=0.3", stop_at=3))
-    case("resumed", lambda t: run(t, cut, "bf16-split", "dropout=0.3", resume=True))
+    resumed(case, root, "", "bf16-split", "dropout=0.3")
+    for plan in ("fp32", "bf16-split"):
+        resumed(case, root, f"felt-{plan}-", plan, "buffers=true", "felt=true", accumulate=2)
     case("left", lambda t: run(t, root / "left", "fp32", stop_at=3))
     case("unseeded", lambda t: run(t, root / "unseeded", "fp32", "unseeded=true"))
     case("indivisible", lambda t: run(t, root / "indivisible", "fp32", "batch_size=7"))
     case("released", lambda t: run(t, root / "released", released()))
     own = "fp32" if case.world.rank == 0 else "bf16"
     case("mismatch", lambda t: run(t, root / "mismatch", own))
+    case("messages", lambda t: messages(t, root / "messages"))
     case("collectives", collectives)
+
+
+def resumed(case: Cases, root: Path, name: str, plan: str, *words: str, **options: Any) -> None:
+    """Train a whole, train a part of it, and go on."""
+    whole, cut, on = (root / f"{name}{which}" for which in ("whole", "cut", "resumed"))
+    act = partial(run, plan=plan, settings=words, **options)
+    case(whole.name, partial(act, directory=whole))
+    case(cut.name, partial(act, directory=cut, stop_at=3))
+    case(on.name, partial(resumed_copy, cut, on, act))
 
 
 def sharded(case: Cases, root: Path, other: Path | None) -> None:
@@ -165,6 +185,8 @@ def sharded(case: Cases, root: Path, other: Path | None) -> None:
         words = ("lean", "even=true", "norms=true")
         cut("uncut-summed", *words, kind=kind, recipe=PARTS, accumulate=2)
         cut("islands", islands(), "even=true", kind=kind, recipe=PARTS)
+        cut("tied", "bf16-split", "even=true", "tied=true", kind=kind, recipe=PARTS)
+        cut("tied-islands", tied_islands(), "even=true", "tied=true", kind=kind, recipe=PARTS)
     if is_pair:
         cut("measured", "bf16", measure=True, watch=2)
         cut("unused", "fp32", "unused=true")
@@ -207,22 +229,52 @@ def resumed_copy(left: Path, where: Path, act: Any, together: Together) -> Any:
     return act(together, directory=where, resume=True)
 
 
+def messages(together: Together, directory: Path) -> dict[str, int]:
+    """Count what a training asks of the other ranks in two steps, beside gradients."""
+    asked: Counter[str] = Counter()
+    seen: list[Counter[str]] = []
+
+    def observe(event: object) -> None:
+        if isinstance(event, StepPoint):
+            seen.append(asked.copy())
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast"):
+            patched.setattr(dist, name, counting(asked, name))
+        options = TrainOptions(steps=6, accumulate=2, checkpoint_every=6, measure=False, watch=0)
+        named = {"device": CPU, "together": together, "observe": observe}
+        train(load_recipe(RECIPE), plan_named("fp16"), options, directory, **named)
+    return dict(seen[4] - seen[2])
+
+
+def counting(asked: Counter[str], name: str) -> Callable[..., Any]:
+    real = getattr(dist, name)
+
+    def count(*args: Any, **named: Any) -> Any:
+        asked[name] += 1
+        return real(*args, **named)
+
+    return count
+
+
 def collectives(together: Together) -> dict[str, Any]:
     """Ask every question once."""
     with joined(together.meeting, "ddp", CPU) as ranks:
         rank, size = ranks.rank, ranks.size
         parts = [torch.full((3,), float(rank + 1)), torch.full((2, 2), rank, dtype=torch.bfloat16)]
         ranks.add_up(parts)
+        odd = torch.tensor([rank == 0, True, rank == 0])
         mine = torch.tensor([[rank, 1], [rank, 2]], dtype=torch.int16).t()
-        ranks.take_from_main([mine])
+        nothing, point = torch.ones(0, 2), torch.tensor(rank + 0.5, dtype=torch.float64)
+        ranks.take_from_main([odd, mine, nothing, point])
         return {
             "any": [ranks.any(rank == size - 1), ranks.any(False)],
             "each": ranks.any_of_each([rank == 0, False, rank == 1]),
             "gather": ranks.gather(rank * 10),
-            "mean": ranks.mean(float(rank)),
+            "means": ranks.means_and_any([float(rank), 0.1], rank == size - 1),
             "sums": [part.flatten().tolist() for part in parts],
             "dtypes": [str(part.dtype) for part in parts],
-            "main's": mine.tolist(),
+            "main's": [odd.tolist(), mine.tolist(), nothing.tolist(), point.item()],
         }
 
 

@@ -23,6 +23,7 @@ class Options:
     dropout: float = 0.0
     unused: bool = False
     buffers: bool = False
+    felt: bool = False
     unseeded: bool = False
     plain_sgd: bool = False
     odd: int = -1
@@ -42,6 +43,7 @@ class Net(nn.Module):
             self.register_buffer("mask", torch.ones(3, 3, dtype=torch.bool).tril())
             self.register_buffer("small", torch.arange(6, dtype=torch.int16).view(2, 3).t())
             self.register_buffer("count", torch.zeros(()))
+        self.felt = options.felt
         if options.unseeded:
             seed = int.from_bytes(os.urandom(4), "big")
             nn.init.normal_(self.head.bias, generator=torch.Generator().manual_seed(seed))
@@ -49,6 +51,8 @@ class Net(nn.Module):
     def forward(self, x):
         if self.training and hasattr(self, "count"):
             self.count += x.detach().float().mean()
+        if self.felt:
+            x = x * (1 + self.count.tanh())
         return self.head(self.body(self.norm(x)))
 
 
@@ -106,4 +110,9 @@ def _misbehave(model):
     if how == "kill":
         Path(os.environ["TEST_KILLED_AT"]).write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
+    if how.startswith("interrupt"):
+        if model.passes == 4:
+            for _ in range(2 if how.endswith("twice") else 1):
+                os.kill(os.getpid(), signal.SIGINT)
+        return
     raise ValueError("the cat is on the keyboard")

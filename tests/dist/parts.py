@@ -3,7 +3,8 @@
 Two blocks make it a stack; `wide` is of a size that gets block-wise states, with rows that divide
 by neither ranks nor blocks unless `even`. `fickle` leaves a layer out where a sample says so;
 `leaving` runs a block in every other pass alone; `crossed` takes blocks in another order on rank 1;
-`frozen` trains one block in part and the other not at all, beside a parameter without elements.
+`frozen` trains one block in part and the other not at all, beside a parameter without elements;
+`tied` uses the weight of a block outside of it as well.
 """
 
 import os
@@ -28,6 +29,7 @@ class Options:
     crossed: bool = False
     leaving: bool = False
     thawing: bool = False
+    tied: bool = False
 
 
 class Block(nn.Module):
@@ -53,6 +55,9 @@ class Net(nn.Module):
         self.head = nn.Linear(rows, 3)
         self.again = nn.Linear(rows, 3)
         self.again.weight = self.head.weight
+        self.outer = nn.Linear(width, width) if options.tied else None
+        if options.tied:
+            self.outer.weight = self.blocks[1].layer.weight
         self.gain = nn.Parameter(torch.tensor(1.5))
         self.one = nn.Parameter(torch.ones(1))
         self.spare = nn.Linear(3, 3) if options.fickle else None
@@ -72,6 +77,8 @@ class Net(nn.Module):
         blocks = self.blocks[:1] if self.leaving and self.passes % 2 == 0 else self.blocks
         for block in reversed(blocks) if rank == 1 else blocks:
             y = block(y)
+        if self.outer is not None:
+            y = y + self.outer(y)
         y = torch.relu(self.wide(y))
         if hasattr(self, "nothing"):
             y = y + self.nothing.sum()

@@ -185,7 +185,31 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert seen["cut"]["status"] == "interrupted"
     assert seen["resumed"]["resumed_at"] == [3]
     assert seen["resumed"]["warnings"] == seen["whole"]["warnings"]
-    assert_equal(seen.root / "whole", seen.root / "cut")
+    assert_equal(seen.root / "whole", seen.root / "resumed")
+
+
+@pytest.mark.parametrize("ranks", ["two", "four"])
+@pytest.mark.parametrize("plan", ["fp32", "bf16-split"])
+def test_a_resumed_run_has_the_buffers_of_one_that_was_not_stopped(
+    request: pytest.FixtureRequest, ranks: str, plan: str
+) -> None:
+    """With micro-batches that write a buffer which the forward pass reads: rank 0's is shared at
+    the first of each step, as it is after a checkpoint."""
+    seen: Seen = request.getfixturevalue(ranks)
+
+    assert seen[f"felt-{plan}-resumed"]["resumed_at"] == [3]
+    assert_equal(seen.root / f"felt-{plan}-whole", seen.root / f"felt-{plan}-resumed")
+
+
+@pytest.mark.parametrize("ranks", ["two", "four"])
+def test_a_step_sends_one_message_beside_its_gradients(
+    request: pytest.FixtureRequest, ranks: str
+) -> None:
+    """The losses of all micro-batches, and whether a rank was asked to stop, in two steps; DDP
+    itself sends which parameters were used."""
+    seen: Seen = request.getfixturevalue(ranks)
+
+    assert [rank["messages"] for rank in seen.ranks] == [{"all_gather": 2}] * len(seen.ranks)
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])
@@ -248,17 +272,20 @@ def test_what_cannot_be_is_one_error_of_rank_0(two: Seen, case: str, said: str) 
 def test_every_collective_answers_alike_on_every_rank(
     request: pytest.FixtureRequest, ranks: str
 ) -> None:
-    """Flags, values and sums are the same everywhere, in the dtype that went in."""
+    """Flags, values and sums are the same everywhere, in the dtype that went in.
+
+    Bytes of rank 0 arrive from any place among those of others.
+    """
     seen: Seen = request.getfixturevalue(ranks)
     size = len(seen.ranks)
     expected = {
         "any": [True, False],
         "each": [True, False, True],
         "gather": [rank * 10 for rank in range(size)],
-        "mean": (size - 1) / 2,
+        "means": [[(size - 1) / 2, 0.1], True],
         "sums": [[size * (size + 1) / 2] * 3, [size * (size - 1) / 2] * 4],
         "dtypes": ["torch.float32", "torch.bfloat16"],
-        "main's": [[0, 0], [1, 2]],
+        "main's": [[True, True, True], [[0, 0], [1, 2]], [], 0.5],
     }
 
     assert [rank["collectives"] for rank in seen.ranks] == [expected] * size

@@ -62,7 +62,7 @@ def test_a_rank_that_fails_ends_all_with_its_own_error_and_resume_is_exact(
     assert killed.code != 0
     assert time.time() - float(killed_at.read_text()) < 30
     (said,) = killed.errors()
-    assert "rank 0 lost its connection to another rank, which left no word" in said
+    assert "rank 0 lost its connection to another rank, which left no word (connection " in said
 
     resumed = torchrun(2, *words, "-o", str(run), "--resume", "--json", "-")
     left_alone = torchrun(2, *words, "-o", str(whole))
@@ -70,6 +70,35 @@ def test_a_rank_that_fails_ends_all_with_its_own_error_and_resume_is_exact(
     assert json.loads(resumed.stdout)["status"] == "finished"  # one record: rank 0's
     first, second = (load_file(d / "weights.safetensors") for d in (run, whole))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("how", ["interrupt", "interrupt-twice"])
+def test_ctrl_c_on_one_rank_interrupts_all(tmp_path: Path, how: str) -> None:
+    """Both end as one process does: after the step under way, or at once when asked twice.
+
+    The other rank was not told by a signal, and does not take rank 1 for lost. The run goes on.
+    """
+    run, port = tmp_path / "run", free_port()
+    environment = {"NARROWCAST_WAIT_S": "60", "TEST_FAILS": how, "TEST_RANK": "1"}
+    other = start(by_hand(1, 2, port, "-o", str(run)), environment)
+    main = ended(by_hand(0, 2, port, "-o", str(run)), environment)
+    _, stopped = other.communicate(timeout=60)
+    record = json.loads((run / "run.json").read_text())
+    resumed = torchrun(2, *COMMAND, "-o", str(run), "--resume", "--json", "-")
+
+    assert (main.code, other.returncode) == (130, 130), main.stderr + stopped
+    assert not main.errors()
+    assert "error:" not in stopped
+    assert (record["status"], record["failure"]) == ("interrupted", "")
+    if how == "interrupt":
+        assert record["completed_steps"] == 4
+        assert "interrupted after step 4 of 6 and saved" in main.stderr
+    else:
+        assert record["completed_steps"] == 3
+        assert "rank 1: interrupted" in record["warnings"]
+        assert "note: rank 1: interrupted" in main.stderr
+        assert stopped.endswith("stopped\n")
+    assert json.loads(resumed.stdout)["status"] == "finished"
 
 
 def test_the_whole_model_trains_in_shards_from_a_shell(tmp_path: Path) -> None:

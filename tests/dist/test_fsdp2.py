@@ -100,6 +100,13 @@ def test_frozen_parameters_are_cut_and_stay_what_they_are(two: Seen, plan: str) 
     assert two[f"fsdp2-frozen-{plan}"]["evaluations"] == two[f"ddp-frozen-{plan}"]["evaluations"]
 
 
+@pytest.mark.parametrize("case", ["tied", "tied-islands"])
+def test_a_weight_that_two_units_use_has_one_gradient(two: Seen, case: str) -> None:
+    """One of a block that is used outside of it too; one of two fp32 islands."""
+    assert_equal(two.root / f"ddp-{case}", two.root / f"fsdp2-{case}")
+    assert two[f"fsdp2-{case}"]["evaluations"] == two[f"ddp-{case}"]["evaluations"]
+
+
 @pytest.mark.parametrize("case", ["islands", "uncut-summed"])
 def test_what_has_another_format_is_gathered_by_itself_or_not_cut(two: Seen, case: str) -> None:
     """A block in fp32, layers in fp32 that share a weight; small parameters, over micro-batches."""

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import DistBackendError, HashStore
 
 from narrowcast.errors import NarrowcastError, ParallelError, RecipeError, UnknownName, UsageError
 from narrowcast.parallel.failures import PeerFailed, symptom_in
@@ -126,7 +126,7 @@ def test_a_rank_that_is_lost_without_a_word_is_told_of_once() -> None:
     found = meet(lose, lose, lambda meeting: None)
 
     assert type(found[0]) is ParallelError
-    assert "left no word (Connection closed by peer)" in found[0].message
+    assert found[0].message.endswith("left no word (connection closed)")
     assert isinstance(found[1], PeerFailed)
 
 
@@ -140,9 +140,27 @@ def test_a_rank_that_is_lost_without_a_word_is_told_of_once() -> None:
                 "Got the following error when running the callback: RuntimeError: "
                 "[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9\nmore"
             ),
-            "Connection closed by peer [::1]:9",
+            "connection closed",
         ),
-        (RuntimeError("Timed out waiting 1000ms for recv"), "Timed out waiting 1000ms for recv"),
+        (
+            RuntimeError(
+                "[/w/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:45802: Connection "
+                "reset by peer. This is typically caused by a remote worker hanging or bugs in the "
+                "application. Check the logs of the remote worker before reporting an error. "
+                "GLHF! \N{BEACH WITH UMBRELLA}"
+            ),
+            "connection reset",
+        ),
+        (RuntimeError("Timed out waiting 1000ms for recv operation to complete"), "no answer"),
+        (
+            RuntimeError("[Rank 0]: Ranks 1, 3 failed to pass monitoredBarrier in 3000 ms"),
+            "no answer from rank 1, 3",
+        ),
+        (
+            DistBackendError("NCCL error in: x.cpp:9, unhandled. And more"),
+            "NCCL error in: x.cpp:9, unhandled",
+        ),
+        (DistBackendError("[x.cpp:3] something new"), "something new"),
     ],
 )
 def test_a_lost_connection_is_told_from_a_failure(error: Exception, expected: str) -> None:
@@ -152,6 +170,21 @@ def test_a_lost_connection_is_told_from_a_failure(error: Exception, expected: st
 
     assert symptom_in(error) == expected
     assert symptom_in(outer) == expected
+
+
+def test_a_rank_that_is_interrupted_leaves_word() -> None:
+    """The others end with the exit code of Ctrl-C, and know that nobody was killed."""
+
+    def stop(meeting: Meeting) -> None:
+        with pytest.raises(KeyboardInterrupt), meeting.failing_together():
+            raise KeyboardInterrupt
+
+    found = meet(agreeing({}), stop, agreeing({}))
+
+    for each in (found[0], found[2]):
+        assert isinstance(each, PeerFailed)
+        assert (each.kind, each.exit_code) == ("KeyboardInterrupt", 130)
+        assert each.message == "rank 1: interrupted"
 
 
 def test_what_a_users_own_lines_raise_is_a_failure_whatever_it_says() -> None:

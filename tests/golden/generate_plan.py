@@ -9,6 +9,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from narrowcast.optim.adamw import AdamW
 from narrowcast.plan import AUTO_BLOCKS, PLANS, ActivationRule, Plan
 from narrowcast.planning.axes import effects_of, is_exact, named
 from narrowcast.planning.code import code_of
@@ -42,6 +45,11 @@ POINTS: tuple[tuple[Plan, float, float, SpeedSource], ...] = (
     ),
 )
 CHOSEN = 3
+
+
+def _optimizer(plan: Plan) -> AdamW:
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    return AdamW([weight], lr=3e-4, betas=(0.9, 0.95), weights=plan.weights, states=plan.states)
 
 
 def point(plan: Plan, mib: float, milliseconds: float, speed: SpeedSource) -> PlanPoint:
@@ -80,7 +88,7 @@ def plan() -> PlanRecord:
         noise=0.05,
         notes=("chunked loss saves nothing here: the logits are a small part",),
         command="narrowcast train austen --set size=small --plan plan.json",
-        code=code_of(chosen, "AdamW"),
+        code=code_of(chosen, _optimizer(chosen)),
         device="cpu",
         seconds=94.0,
         environment=Environment(

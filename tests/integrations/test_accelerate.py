@@ -18,6 +18,7 @@ from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import CheckpointError, UsageError
 from narrowcast.integrations.accelerate import AttachedPrecision, attach
 from narrowcast.plan import plan_named
+from narrowcast.plan_files import write_policy
 from narrowcast.policy import POLICIES, Policy
 from recipes import torchvision_on_cpu  # noqa: F401 -- before what imports torchvision
 from small_training import is_equal, small_model
@@ -203,10 +204,26 @@ def test_what_comes_too_late_or_does_not_belong_is_refused() -> None:
 
 
 def test_detach_gives_the_accelerator_its_settings_back() -> None:
-    """Afterwards it is the Accelerator that it was."""
+    """Afterwards it is the Accelerator that it was, and saves nothing of ours."""
     plain = accelerator("fp16")
     before = (plain.native_amp, plain.scaler)
 
     attach(plain, POLICIES["fp16"]).detach()
 
     assert (plain.native_amp, plain.scaler) == before
+    assert plain._custom_objects == []
+
+
+def test_a_precision_may_stand_in_a_file(tmp_path: Path) -> None:
+    """A policy file by its path or its name; a file that holds none is one error."""
+    policy = POLICIES["fp16"].keeping_fp32("2")
+    plan = narrowcast.Plan(name="fp16", policy=policy)
+    path = tmp_path / "policy.json"
+    write_policy(path, plan, why="a test", command="pytest")
+
+    for given in (path, str(path)):
+        assert attach(accelerator("fp16"), given).host_plan.plan == plan
+    empty = tmp_path / "empty.json"
+    empty.write_text("{}")
+    with pytest.raises(UsageError, match="holds no plan"):
+        attach(accelerator("fp16"), empty)

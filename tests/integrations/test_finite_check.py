@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import narrowcast
 from narrowcast.errors import CheckpointError, PrecisionError
-from narrowcast.integrations.finite_check import FiniteCheck, Flags, HostScaler
+from narrowcast.integrations.finite_check import FiniteCheck
+from narrowcast.integrations.host_scaler import HostScaler
+from narrowcast.integrations.looks import Flags
 from small_training import X, Y, is_equal, small_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

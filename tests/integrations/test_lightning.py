@@ -187,6 +187,15 @@ def test_accumulation_in_fp32_weights_is_the_trainers() -> None:
     assert [skip.step for skip in plugin.skips] == [2]
 
 
+def test_a_schedule_of_accumulation_is_held_against_the_plan_too() -> None:
+    """Its largest number counts, whenever it comes."""
+    schedule = pl.callbacks.GradientAccumulationScheduler({0: 1, 4: 3})
+
+    with pytest.raises(UsageError, match="accumulate_grad_batches=3 sums gradients"):
+        fitted(Classifier(), trainer_precision("bf16-split", device="cpu"), callbacks=[schedule])
+    fitted(Classifier(), trainer_precision("fp16", device="cpu"), callbacks=[schedule])
+
+
 def test_sums_of_micro_batches_in_16_bits_are_refused_or_accepted_by_name() -> None:
     """A policy that sums in fp32 is not carried out by a trainer that sums in bf16."""
     with pytest.raises(UsageError, match="accumulate_grad_batches=2 sums gradients"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import narrowcast
-from integrations.trainer_case import STEPS, AcceleratorState, model, trainer
+from integrations.trainer_case import STEPS, AcceleratorState, TrainerCallback, model, trainer
 from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import CheckpointError, PrecisionError, UnknownName, UsageError
 from narrowcast.integrations.transformers import OPTIMIZERS, attach
@@ -276,6 +276,59 @@ def test_two_optimizers_or_two_precisions_for_one_trainer_are_refused(tmp_path: 
     attach(made, "fp32")
     with pytest.raises(UsageError, match="has a precision of ours already"):
         attach(made, "fp32")
+
+
+def test_after_a_refusal_it_can_be_tried_again(tmp_path: Path) -> None:
+    """A plan's stores do not fit Adafactor; the same Trainer then takes an optimizer of ours."""
+    made = trainer(tmp_path, optim="adafactor", max_steps=1)
+
+    with pytest.raises(UsageError, match="Adafactor cannot be narrowed"):
+        attach(made, "lean")
+    assert made.accelerator.scaler is None
+    attach(made, "lean", optimizer="adamw")
+    made.train()
+
+    assert type(made.optimizer.optimizer) is narrowcast.AdamW
+
+
+def test_checkpointing_of_the_trainer_and_of_a_plan_go_together(tmp_path: Path) -> None:
+    """Whoever recomputes, the training is the same bit for bit, and no block runs a third time."""
+    ends, calls = [], []
+    for options in ({}, {"gradient_checkpointing": True}):
+        net, entered = model(dropout=0.2), []
+        net.transformer.h[0].ln_1.register_forward_pre_hook(lambda *_, seen=entered: seen.append(1))
+        made, _ = trained(tmp_path, "lean", net=net, put={"ledger_at": 0}, **options)
+        ends.append(made.model)
+        calls.append(len(entered))
+
+    assert all(map(torch.equal, *(end.parameters() for end in ends)))
+    assert calls == [2 * STEPS, 2 * STEPS]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "lean"])
+def test_evaluating_between_steps_changes_no_bit(precision: str, tmp_path: Path) -> None:
+    """And the evaluation is of the prepared model, without a word of training in it."""
+    plain, _ = trained(tmp_path, precision, net=model(dropout=0.0))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    made = trainer(tmp_path, precision, net=model(dropout=0.0))
+    callback = attach(made, precision)
+    made.eval_dataset = made.train_dataset
+    made.add_callback(Evaluating())
+    made.train()
+
+    found = [line["eval_loss"] for line in made.state.log_history if "eval_loss" in line]
+    assert len(found) == STEPS
+    assert found == sorted(found, reverse=True)
+    assert losses(made) == losses(plain)
+    assert all(map(torch.equal, plain.model.parameters(), made.model.parameters()))
+    assert callback.skips == ()
+
+
+class Evaluating(TrainerCallback):
+    """Asks for an evaluation after each step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_evaluate = True
 
 
 def test_sums_of_micro_batches_in_16_bits_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,13 @@ from recipes import torchvision_on_cpu  # noqa: F401 -- before transformers, whi
 with warnings.catch_warnings(action="ignore"):
     pytest.importorskip("transformers")
     from accelerate.state import AcceleratorState  # noqa: F401 -- for the tests
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        Trainer,
+        TrainerCallback,  # noqa: F401 -- for the tests
+        TrainingArguments,
+    )
 
 STEPS = 6
 WORDS = {"fp16": {"fp16": True}, "bf16": {"bf16": True}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +42,21 @@ def test_a_finding_in_a_long_path_is_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 0
     found = [line for line in result.stdout.splitlines() if "NC209 deprecated-amp" in line]
     assert re.fullmatch(rf"{re.escape(str(script))}:\d+  notice  NC209 deprecated-amp", found[0])
+
+
+@pytest.mark.parametrize("words", [["--version"], ["recipes"]])
+def test_output_without_a_reader_ends_as_sigpipe_does(words: list[str]) -> None:
+    """As `narrowcast ... | head`: in silence, and with the 141 that README gives."""
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "narrowcast", *words],
+        stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False,
+    )  # fmt: skip
+    os.close(writing)
+
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("name", KINDS)

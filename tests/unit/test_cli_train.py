@@ -266,6 +266,22 @@ def test_a_run_that_got_nowhere_has_nothing_to_evaluate(narrowcast: Shell) -> No
     assert "holds neither weights nor a checkpoint" in said.err
 
 
+def test_a_run_whose_recipe_has_moved_says_where_it_was(narrowcast: Shell) -> None:
+    """Writing a new one would not help: the hint is the command for its new place."""
+    Path("mine.py").write_text(Path(SMALL).read_text())
+    narrowcast("train", "mine.py", "-p", "fp32", "-o", "run", "--no-measure")
+    Path("mine.py").rename("moved.py")
+
+    said = narrowcast("evaluate", "run")
+    again = narrowcast("evaluate", "moved.py", "--weights", "run/weights.safetensors")
+
+    assert said.code == 6
+    assert f"is not at {Path('mine.py').resolve()} any more" in said.err
+    assert "evaluate RECIPE --weights" in said.err
+    assert "recipes new" not in said.err
+    assert again.code == 0
+
+
 REPEATS = """
     def forward(self, x):
         index = torch.zeros(3, dtype=torch.long)

@@ -491,3 +491,30 @@ def test_progress_counts_every_run_and_guesses_the_rest(recipe_file: Path, tmp_p
         assert task.completed == task.total == 6 * 2 * 3
         assert task.fields["left"] == ""
         assert (watch.ended, watch.runs) == (6, 6)
+
+
+def test_a_failure_is_told_once_with_what_to_do(recipe_file: Path, tmp_path: Path) -> None:
+    """Further seeds refer to the first; the record has the hint, and so has the report."""
+    text = recipe_file.read_text()
+    assert "def loss(model, batch):\n" in text
+    recipe_file.write_text(
+        text.replace(
+            "def loss(model, batch):\n",
+            "def loss(model, batch):\n    if torch.is_autocast_enabled('cpu'):\n"
+            "        raise RuntimeError('could not create a primitive')\n",
+        )
+    )
+    made = plan(recipe_file)
+    shown = Progress(console=Console(file=StringIO(), force_terminal=False, width=10_000))
+
+    record = compare(made, tmp_path / "out", observe=verb._Watch(made, shown))
+
+    said = shown.console.file.getvalue().splitlines()
+    first, second = made.protocol.seeds[:2]
+    what = "line.py: loss(model, batch) raised RuntimeError: could not create a primitive"
+    assert [line for line in said if line.startswith("note: bf16 failed")] == [
+        f"note: bf16 failed on seed {first}: {what}",
+        f"note: bf16 failed on seed {second} as on seed {first}",
+    ]
+    assert len([line for line in said if line.startswith("hint: the CPU has no kernel")]) == 1
+    assert record.arms[1].failures[0].splitlines()[-1].startswith("hint: the CPU has no kernel")

@@ -267,7 +267,8 @@ LR = torch.optim.lr_scheduler
         (_several(scheduler=lambda: None), "several optimizers"),
         (lambda: Engine(small_model(), {}, "fp32"), "empty mapping"),
         (_policy_none, "the policy is None, a NoneType"),
-        (lambda: Engine("model", sgd(small_model()), "fp32"), "the model is 'model', a str"),  # type: ignore[arg-type]
+        (lambda: Engine("model", sgd(small_model()), "fp32"), "a str stands where the model"),  # type: ignore[arg-type]
+        (lambda: Engine(sgd(small_model()), small_model(), "fp32"), "SGD stands where the"),  # type: ignore[arg-type]
         (lambda: Engine(small_model(), "adam", "fp32"), "not a torch.optim.Optimizer"),  # type: ignore[arg-type]
     ],
 )

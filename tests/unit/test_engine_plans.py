@@ -90,8 +90,9 @@ def test_stores_other_than_the_plans_are_refused(weights: str, states: str, said
     model = Stack()
     optimizer = AdamW(model.parameters(), weights=weights, states=states)
 
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=said) as error:
         Engine(model, optimizer, SPLIT)
+    assert "weights='split16', states='int8'" in error.value.hint
 
 
 def test_narrow_weights_under_a_policy_with_fp32_weights_are_refused() -> None:

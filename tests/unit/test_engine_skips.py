@@ -139,7 +139,10 @@ def test_a_value_too_large_only_after_unscaling_is_caught() -> None:
 
 
 def test_hopeless_skips_end_in_an_error_that_says_what_to_do() -> None:
-    """Eight NaN losses in a row stop the training, with step, scale and names in the message."""
+    """Eight NaN losses in a row stop the training, with step, scale and the batch in the message.
+
+    No parameter is named: such a loss breaks the gradients of all.
+    """
     model = small_model()
     engine = Engine(model, sgd(model), "fp16")
 
@@ -153,8 +156,8 @@ def test_hopeless_skips_end_in_an_error_that_says_what_to_do() -> None:
     message = str(caught.value)
     assert "step 8" in message
     assert "65536" in message
-    assert "2.weight" in message
-    assert caught.value.hint
+    assert "2.weight" not in message
+    assert "in the batch" in caught.value.hint
 
 
 def test_the_number_of_skips_in_a_row_is_an_option() -> None:

@@ -121,3 +121,21 @@ def test_several_ranks_do_not_decide_by_their_own_loss(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
     assert not was_bad(torch.tensor(math.nan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (0,)])
+@pytest.mark.parametrize("value", [1.0, math.inf, -math.inf, math.nan])
+def test_a_loss_that_is_noted_counts_as_one_that_is_held(
+    dtype: torch.dtype, shape: tuple[int], value: float
+) -> None:
+    """One number on a CPU is read at once; whatever comes after, the answer is the same."""
+    loss, good = torch.full(shape, value, dtype=dtype), torch.tensor(2.0)
+    noted, held = LossWatch(), LossWatch()
+    for each in (good, loss, good):
+        noted.note(each)
+        held.hold(each)
+
+    assert torch.equal(noted.was_bad(CPU), held.was_bad(CPU))
+    noted.clear()
+    assert not noted.was_bad(CPU)

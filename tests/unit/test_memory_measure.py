@@ -26,6 +26,63 @@ SQUARE = 4 * WIDTH * WIDTH
 ROW = 4 * WIDTH
 
 
+@pytest.mark.parametrize(
+    ("cut", "covered"),
+    [
+        (lambda data: data[4:8], 4 * ROW),
+        (lambda data: (data[4:8], data[6:9]), 5 * ROW),
+        (lambda data: (data[6:9], data[0:2]), 5 * ROW),
+        (lambda data: data[4:8, :1], 3 * ROW + 4),
+        (lambda data: data[4:4], 0),
+        (lambda data: data[3:4].expand(5, WIDTH), ROW),
+        (lambda data: (data[:50], data[50:]), 100 * ROW),
+        (lambda data: data, 100 * ROW),
+        (lambda data: data.t(), 100 * ROW),
+    ],
+)
+def test_of_a_view_that_is_announced_what_it_covers_counts(
+    cut: Callable[[Tensor], Any], covered: int
+) -> None:
+    """What is covered twice counts once, and the rest of the data set is held anyway."""
+    data = torch.randn(100, WIDTH)
+    batch = cut(data)
+    with MemoryLedger(mlp()) as ledger:
+        ledger.inputs(batch)
+        data.sum()
+
+    assert lines(ledger.record())["inputs"] == covered
+
+
+def test_what_happens_while_a_batch_is_drawn_is_not_seen() -> None:
+    """Neither views of the data set, nor copies on the way, nor a module that transforms it."""
+    data, transform, model = torch.randn(100, WIDTH), nn.BatchNorm1d(WIDTH), mlp()
+    with MemoryLedger(model) as ledger:
+        for first in (0, 4):
+            with ledger.drawing():
+                x = torch.stack([transform(data)[first + i] for i in range(BATCH)]).detach()
+            ledger.inputs(x)
+            model(x).sum().backward()
+
+    record = ledger.record()
+    held = lines(record)
+    assert (held["inputs"], held["buffers"], held["unattributed"]) == (BATCH * ROW, 0, 0)
+    assert not any("only read" in note for note in record.notes)
+
+
+def test_parts_of_two_draws_do_not_add_up() -> None:
+    """The second micro-batch takes the place of the first, in one and the same data set."""
+    data = torch.randn(100, WIDTH)
+    with MemoryLedger(mlp()) as ledger:
+        for first, size in ((0, 8), (50, 3)):
+            with ledger.drawing():
+                x = data[first : first + size]
+            ledger.inputs(x)
+            x.sum()
+
+    assert ledger.last_lines()["inputs"] == 3 * ROW
+    assert lines(ledger.record())["inputs"] == 8 * ROW
+
+
 def mlp(layers: int = 3) -> nn.Sequential:
     """Square layers without biases, a ReLU after each: every weight has SQUARE bytes."""
     parts: list[nn.Module] = []

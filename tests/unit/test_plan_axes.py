@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from narrowcast.errors import NarrowcastError
+from narrowcast.parallel.together import KINDS
 from narrowcast.plan import (
     AUTO_BLOCKS,
     LEVERS,
@@ -61,6 +62,24 @@ def test_micro_batches_are_lossy_with_batch_norm_and_say_why() -> None:
 
     assert not effect.exact
     assert "statistics of a part" in effect.says
+
+
+@pytest.mark.parametrize("parallel", KINDS)
+def test_sharing_is_an_axis_and_exact_without_batch_norm(parallel: str) -> None:
+    """Gradients are added in another order, and nothing else: but batch norm sees a part."""
+    (effect,) = effects_of(FP32, batch_norm=False, parallel=parallel, world=4)
+    (lossy,) = effects_of(FP32, batch_norm=True, parallel=parallel, world=4)
+
+    assert (effect.axis, effect.choice, effect.exact) == (
+        "parallel",
+        f"{parallel} on 4 ranks",
+        True,
+    )
+    assert loss_of(FP32, batch_norm=False, parallel=parallel) == 0
+    assert not lossy.exact
+    assert "a rank's part" in lossy.says
+    split = loss_of(replace(FP32, micro_batches=2), batch_norm=True)
+    assert loss_of(FP32, batch_norm=True, parallel=parallel) == split
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES.values() if p.name != "fp32"])

@@ -67,6 +67,19 @@ def test_an_exact_plan_wins_a_near_tie_and_loses_a_clear_one() -> None:
     assert choose([lossy, replace(PLAIN, seconds=1.08)])[0].loss == 2
 
 
+def test_of_two_ways_to_share_the_plainer_wins_a_near_tie() -> None:
+    """fsdp2 is one choice more than ddp; where it is faster beyond the noise it is taken."""
+    ddp = replace(PLAIN, parallel="ddp", seconds=1.04)
+    fsdp2 = replace(PLAIN, parallel="fsdp2", levers=1)
+
+    chosen, _, why = choose([fsdp2, ddp])
+
+    assert chosen == ddp
+    assert "fp32 by fsdp2" in why
+    assert choose([fsdp2, replace(ddp, seconds=1.08)])[0] == fsdp2
+    assert len({candidate.setup for candidate in (PLAIN, ddp, fsdp2)}) == 3
+
+
 def test_the_reason_says_that_accuracy_decided_and_against_which_plan() -> None:
     """A choice that is not the fastest names the fastest and the noise."""
     lossy = replace(PLAIN, loss=2, levers=1, plan=PLANS["bf16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from narrowcast.errors import (
     UnknownName,
     UsageError,
 )
-from narrowcast.plan import Plan
+from narrowcast.plan import Plan, plan_named
 from narrowcast.plan_files import read_plan
 from narrowcast.planning import speeds
-from narrowcast.records.codec import from_json, loads
+from narrowcast.prediction.gpus import GPUS
+from narrowcast.records.codec import from_json, loads, to_json
 from narrowcast.records.plan import PlanRecord
 from narrowcast.records.run import RunRecord
 from narrowcast.units import parse_bytes
@@ -190,8 +192,8 @@ def test_where_measured_peaks_exceed_the_predicted_ones_they_decide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The least that fits is then a measured one, above the budget, and it is met when given."""
-    peak = speeds._peak
-    monkeypatch.setattr(speeds, "_peak", lambda ledger: 3 * peak(ledger))
+    peak = speeds.peak_of
+    monkeypatch.setattr(speeds, "peak_of", lambda ledger: 3 * peak(ledger))
     arguments = ("plan", "tabular", *SMALL, "-p", "fp32", "--budget")
 
     with pytest.raises(UsageError, match=r"measured where .* were predicted") as raised:
@@ -212,6 +214,26 @@ def test_a_roofline_does_not_buy_stores_that_round() -> None:
     record = loads(PlanRecord, result.stdout)
     assert (record.chosen.plan["weights"], record.chosen.plan["states"]) == ("split16", "fp32")
     assert any("a bound alone is no reason" in note for note in record.notes)
+
+
+@pytest.mark.slow
+def test_no_plan_takes_more_than_a_gpu_can_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the budget: what is chosen fits into what can be used of the GPU, which a note says.
+
+    The GPU is one of 64 MiB, since a plan that fills a real one takes long to trace.
+    """
+    small = replace(GPUS["t4"], memory_bytes=64 * 2**20)
+    monkeypatch.setitem(GPUS, "t4", small)
+    arguments = ("plan", "tabular", "--set", "width=512", "--device", "t4", *FEW, "--budget")
+
+    record = loads(PlanRecord, run(*arguments, "100GiB").stdout)
+
+    assert record.chosen.predicted_bytes <= small.usable_bytes
+    assert any("about 61.4 MiB can be used on one t4" in note for note in record.notes)
+    assert "stores that round more than they must were not" in record.why
+    monkeypatch.setitem(GPUS, "t4", replace(small, memory_bytes=2**20))
+    with pytest.raises(UsageError, match=r"all that can be used of one t4\).* least that fits"):
+        run(*arguments, "100GiB")
 
 
 @pytest.mark.parametrize("precisions", ["", ",", " , "])
@@ -239,6 +261,20 @@ def test_a_plan_of_another_training_is_told_and_its_budget_recorded(
     assert any("width=64, and this is width=256" in note for note in record.warnings)
     assert any("exceeded the budget of 215,040 by" in note for note in record.warnings)
     assert all(f"note: {note}" in result.stderr for note in record.warnings)
+
+
+def test_a_plan_that_cannot_be_carried_out_here_says_whose_it_is(tmp_path: Path) -> None:
+    """A regression has no head whose loss could be taken in chunks; the plan's recipe had one."""
+    file = tmp_path / "plan.json"
+    plan = replace(plan_named("bf16"), loss="chunked")
+    promise = {"recipe": "austen", "options": {}, "batch_size": 16, "device": "cpu"}
+    chosen = {"chosen": {"plan": to_json(plan)}, "budget_bytes": 2**20}
+    file.write_text(json.dumps(promise | chosen))
+
+    with pytest.raises(UsageError, match="look like its head") as raised:
+        run("train", "tabular", "--plan", str(file), "--output", str(tmp_path / "run"))
+
+    assert "was found for recipe 'austen', and this is 'tabular'" in raised.value.hint
 
 
 @pytest.mark.slow

@@ -11,9 +11,16 @@ import torch
 from torch import nn
 
 import narrowcast
+from narrowcast.engine.stores import planned_optimizer
 from narrowcast.errors import UsageError
 from narrowcast.plan import AUTO_BLOCKS, PLANS, ActivationRule, Plan
-from narrowcast.plan_files import Promise, read_plan, read_promise, write_policy
+from narrowcast.plan_files import (
+    Promise,
+    naming_differences,
+    read_plan,
+    read_promise,
+    write_policy,
+)
 from narrowcast.planning.code import code_of, command_of
 from narrowcast.policy import POLICIES, Policy
 from narrowcast.recipes.load import load_recipe
@@ -32,6 +39,22 @@ FULL = Plan(
         ActivationRule(modules=AUTO_BLOCKS, lever="narrow_norm"),
     ),
 )
+
+
+def _planned(plan: Plan) -> torch.optim.Optimizer:
+    model = Tiny()
+    return planned_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, plan)
+
+
+def test_a_refusal_says_first_for_which_training_the_plan_was_found() -> None:
+    """What fails with this model went with that one; without a difference nothing is added."""
+    hints = []
+    for notes in ((), ("plan.json was found for recipe 'a', and this is 'b'",)):
+        with pytest.raises(UsageError) as raised, naming_differences(notes):
+            raise UsageError("no layer looks like a head", hint="name it")
+        hints.append(raised.value.hint)
+
+    assert hints == ["name it", "plan.json was found for recipe 'a', and this is 'b'; name it"]
 
 
 @pytest.mark.parametrize("wrap", ["bare", "record", "run"])
@@ -154,13 +177,31 @@ def test_the_lines_of_python_run_and_make_the_same_plan(changes: dict[str, objec
         "batches": [torch.randn(4, 8, dtype=torch.float32 if plan.policy.param == "fp32" else
                                 torch.bfloat16)],
     }  # fmt: skip
-    exec(code_of(plan, "AdamW"), scope)
+    exec(code_of(plan, _planned(plan)), scope)
 
     engine = scope["engine"]
     assert isinstance(engine, narrowcast.Engine)
     assert engine.plan == plan
     assert engine.applied_steps() == 1
     assert not torch.equal(model.head.weight.float(), before)
+
+
+def test_the_lines_of_python_have_the_hyperparameters_of_the_recipe() -> None:
+    """What is not as the class has it by itself; the learning rate always."""
+    model, plan = Tiny(), dataclasses.replace(PLANS["fp32"], weights="fp32", states="int8")
+    groups = [{"params": model.blocks.parameters()}, {"params": model.head.parameters(), "lr": 1.0}]
+    one = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    two = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+
+    said = code_of(plan, planned_optimizer(one, model, plan))
+    assert "lr=0.05" in said
+    assert "momentum=0.9" in said
+    assert "nesterov=True" in said
+    assert "dampening" not in said
+    said = code_of(plan, planned_optimizer(two, Tiny(), plan))
+    assert "lr=0.001" in said
+    assert "betas=(0.9, 0.95,)" in said
+    assert "# The recipe has 2 groups of parameters" in said
 
 
 def test_the_command_says_which_options_are_not_the_usual_ones() -> None:
@@ -174,6 +215,18 @@ def test_the_command_says_which_options_are_not_the_usual_ones() -> None:
         "narrowcast train tabular --plan 'a b.json'"
     )
     assert "size=small" in command_of(load_recipe("austen", ["size=small"]), ["size=small"], "p")
+
+
+def test_ranks_are_started_by_torchrun_and_train_by_the_command_alone() -> None:
+    """The command is whole, and the lines of Python say that there are none."""
+    command = command_of(load_recipe("tabular"), None, "p.json", world=2, parallel="fsdp2")
+
+    assert command == (
+        "torchrun --nproc-per-node 2 -m narrowcast train tabular --plan p.json --parallel fsdp2"
+    )
+    code = code_of(FULL, _planned(FULL), parallel="fsdp2")
+    assert all(line.startswith("# ") for line in code.splitlines())
+    assert "run the command" in code
 
 
 def test_a_recipe_file_is_named_by_its_path(tmp_path: Path) -> None:
@@ -235,6 +288,30 @@ def test_a_budget_is_read_with_the_training_that_it_is_for(
     file.write_text(json.dumps(AS_RECORD | changes))
 
     assert read_promise(file) == dataclasses.replace(PROMISE, device=device)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"world": 4, "chosen": {"parallel": "fsdp2"}},
+        {"ranks": 4, "parallel": "fsdp2", "chosen": None, "planned_steps": 3, "plan": {}},
+    ],
+    ids=["plan", "run"],
+)
+def test_a_promise_says_of_how_many_ranks_it_is(tmp_path: Path, changes: dict[str, object]) -> None:
+    """From a plan, and from the run.json of a training on ranks."""
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(AS_RECORD | changes))
+
+    promise = read_promise(file)
+
+    assert promise == dataclasses.replace(PROMISE, world=4, parallel="fsdp2")
+    assert promise.differences(**SAME, world=4, parallel="fsdp2") == ()  # type: ignore[arg-type]
+    for others in ({"world": 2, "parallel": "fsdp2"}, {"world": 4, "parallel": "ddp"}, {}):
+        (said,) = promise.differences(**SAME | others)  # type: ignore[arg-type]
+        assert said.startswith("fsdp2 on 4 ranks, and this is ")
+    (said,) = PROMISE.differences(**SAME, world=2, parallel="ddp")  # type: ignore[arg-type]
+    assert said == "one process, and this is ddp on 2 ranks"
 
 
 @pytest.mark.parametrize("text", [dumps(PLANS["lean"]), '{"budget_bytes": null}', "[1]"])

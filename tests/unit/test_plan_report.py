@@ -101,6 +101,31 @@ def test_every_effect_is_told_with_whether_it_is_exact() -> None:
     assert [row[2] for row in table.rows] == ["yes" if e.exact else "no" for e in record.effects]
 
 
+def on_ranks() -> PlanRecord:
+    """The golden plan, as one that four ranks share."""
+    record = golden("plan")
+    points = tuple(replace(point, parallel="fsdp2") for point in record.frontier)
+    chosen = next(p for p, old in zip(points, record.frontier, strict=True) if old == record.chosen)
+    ddp = replace(record.frontier[-1], parallel="ddp")
+    return replace(record, world=4, frontier=(*points, ddp), chosen=chosen)
+
+
+def test_of_ranks_it_is_said_how_many_and_how_they_share() -> None:
+    """On a terminal and on a page: beside each plan, and the budget is that of a rank."""
+    record = on_ranks()
+    console = Console(width=100, file=open("/dev/null", "w"), record=True)  # noqa: PTH123, SIM115
+
+    render_terminal(record, console)
+    console.file.close()
+
+    for text in (console.export_text(), render_html(record)):
+        assert f"{record.chosen.name} by fsdp2 (chosen)" in text
+        assert f"{record.frontier[-1].name} by ddp" in text
+        assert "budget of a rank" in text
+        assert "4 ranks" in text
+    assert loads(PlanRecord, dumps(record)) == record
+
+
 def test_names_from_a_file_cannot_become_markup() -> None:
     """A plan file may come from anybody."""
     page = render_html(hostile("plan"))

@@ -22,14 +22,21 @@ RECIPE = load_recipe(Path(__file__).parents[1] / "recipes" / "regression.py", ["
 
 
 @cache
-def roofline(target: str = "a100-80gb", held: int = 0) -> Roofline:
+def roofline(target: str = "a100-80gb") -> Roofline:
     data, batch = first_batch(RECIPE, RECIPE.batch_size, 0)
-    return Roofline(RECIPE, target, batch, data=data, held=lambda _: held, say=lambda _: None)
+    return Roofline(RECIPE, target, batch, data=data, say=lambda _: None)
+
+
+ELEMENTS = sum(p.numel() for p in RECIPE.build_model().parameters())
+
+
+def bound(plan: Plan, target: str = "a100-80gb", **changes: int) -> float:
+    return roofline(target).of(plan, **{"elements": ELEMENTS, "held_bytes": 0} | changes)
 
 
 def works(policy: str = "fp32") -> list[tuple[str, int, int]]:
     bounds = roofline()
-    bounds.of(PLANS[policy])
+    bounds.of(PLANS[policy], elements=ELEMENTS, held_bytes=0)
     return [
         (w.format, w.flops, w.bytes) for p, ws in bounds._works.items() for w in ws
         if p.policy.compute == POLICIES[policy].compute and p.policy.param == POLICIES[policy].param
@@ -61,6 +68,7 @@ def test_every_gpu_that_can_be_predicted_has_rates(name: str) -> None:
     rates = RATES[name]
 
     assert rates.bytes_per_s > 1e11
+    assert 1e10 < rates.link_bytes_per_s < rates.bytes_per_s
     assert rates.flops_in("fp16") >= rates.flops_in("fp32")
     assert ("bf16" in rates.flops) == ("tf32" in rates.flops) == (GPUS[name].sm >= 80)
     assert rates.flops_in("fp64") == rates.flops["fp32"]
@@ -73,7 +81,7 @@ def test_there_are_no_rates_without_a_gpu() -> None:
 
 def test_more_parts_take_no_less_time() -> None:
     """Every part launches every kernel."""
-    seconds = [roofline().of(replace(PLANS["fp32"], micro_batches=m)) for m in (1, 2, 8, 32)]
+    seconds = [bound(replace(PLANS["fp32"], micro_batches=m)) for m in (1, 2, 8, 32)]
 
     assert seconds == sorted(seconds)
     assert seconds[-1] > seconds[0]
@@ -81,20 +89,28 @@ def test_more_parts_take_no_less_time() -> None:
 
 def test_an_update_takes_the_time_of_its_bytes() -> None:
     """Weights and states are read and written, gradients read."""
-    elements = sum(p.numel() for p in RECIPE.build_model().parameters())
-    plain, heavy = roofline(), roofline(held=10**9)
-
-    difference = heavy.of(PLANS["fp32"]) - plain.of(PLANS["fp32"])
+    difference = bound(PLANS["fp32"], held_bytes=10**9) - bound(PLANS["fp32"])
 
     assert difference == pytest.approx(2e9 / RATES["a100-80gb"].bytes_per_s)
-    assert plain._elements == elements
+
+
+def test_a_rank_updates_its_rows_and_sends_at_the_rate_of_the_link() -> None:
+    """Whichever takes longer, computing or sending, is the bound: both may go on at once."""
+    plan, rates = PLANS["fp32"], RATES["a100-80gb"]
+
+    cut = bound(plan, elements=ELEMENTS // 2)
+
+    saved = 3 * 4 * (ELEMENTS - ELEMENTS // 2) / rates.bytes_per_s
+    assert bound(plan) - cut == pytest.approx(saved)
+    assert bound(plan, sent_bytes=1) == bound(plan)
+    assert bound(plan, sent_bytes=10**12) == 10**12 / rates.link_bytes_per_s
 
 
 def test_a_faster_gpu_has_a_lower_bound() -> None:
     """The table orders GPUs as their data sheets do."""
     big = Plan(name="p", policy=POLICIES["fp32"])
 
-    assert roofline("h200").of(big) <= roofline("a100-80gb").of(big) <= roofline("l4").of(big)
+    assert bound(big, "h200") <= bound(big, "a100-80gb") <= bound(big, "l4")
 
 
 def test_counting_leaves_random_states_alone() -> None:
@@ -102,6 +118,6 @@ def test_counting_leaves_random_states_alone() -> None:
     before = torch.get_rng_state()
     torch.manual_seed(0)
 
-    roofline("rtx4090").of(PLANS["fp32"])
+    bound(PLANS["fp32"], "rtx4090")
 
     assert torch.equal(torch.get_rng_state(), before)

@@ -44,6 +44,12 @@ def test_an_unknown_precision_names_the_nearest() -> None:
     assert caught.value.exit_code == 2
 
 
+def test_the_name_of_a_plan_is_sent_to_plan_named() -> None:
+    """`lean` is a precision wherever a plan may be asked for, and no policy."""
+    with pytest.raises(UnknownName, match="plan_named"):
+        policy_named("lean")
+
+
 def test_fp16_without_scaling_is_refused() -> None:
     """Small fp16 gradients would become zero without a word."""
     with pytest.raises(UsageError, match=r"6\.0e-08"):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from narrowcast.errors import UnsupportedPrecision
+from narrowcast.cli.app import app
+from narrowcast.errors import RecipeError, UnsupportedPrecision
 from narrowcast.memory.measure import MemoryLedger
 from narrowcast.plan import plan_named
 from narrowcast.prediction.gpu_record import _again, _arrival
@@ -238,6 +241,46 @@ def test_tf32_takes_what_fp32_takes() -> None:
     )
 
     assert replace(tf32, precision="fp32", notes=fp32.notes) == fp32
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = kind(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)[0]
+        return output
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_is_refused_for_a_gpu_and_not_for_a_cpu(kind: type[nn.RNNBase]) -> None:
+    """What cuDNN keeps of it is not known, and left out it would fit where it does not."""
+
+    def predicted(device: str) -> MemoryRecord:
+        return predict_step_memory(
+            lambda: Recurrent(kind),
+            lambda model: torch.optim.SGD(model.parameters()),
+            lambda model, batch: model(batch).sum(),
+            torch.zeros(4, 3, 8),
+            "fp32",
+            device=device,
+        )
+
+    with pytest.raises(RecipeError, match=rf"nn\.{kind.__name__}\) is not predicted") as raised:
+        predicted("t4")
+    assert "narrowcast memory --device cuda" in raised.value.hint
+    assert predicted("cpu").total_peak_bytes > 0
+
+
+def test_a_recurrent_recipe_is_not_planned_for_a_gpu() -> None:
+    """`plan` asks the same prediction, and says the same."""
+    recipe = Path(__file__).parents[1] / "recipes" / "language_model.py"
+
+    result = CliRunner().invoke(app, ["plan", str(recipe), "--budget", "1GiB", "--device", "t4"])
+
+    assert isinstance(result.exception, RecipeError)
+    assert "nn.GRU) is not predicted for NVIDIA T4" in result.exception.message
 
 
 def test_cudas_cast_lists_hold_without_being_asked_for() -> None:

@@ -104,7 +104,15 @@ def test_fsdp2_gathers_blocks_twice_and_the_rest_once() -> None:
     sent = predicted("fp32", world=2, parallel="fsdp2").sent_bytes
 
     assert sent["all_gather"] == pytest.approx((total + blocks) / 2, rel=0.01)
-    assert sent["reduce_scatter"] == pytest.approx(total / 2, rel=0.01)
+    assert sent["all_to_all"] == total / 2
+
+
+@pytest.mark.parametrize(("plan", "width"), [("fp32", 4), ("bf16", 4), ("bf16-split", 2)])
+def test_fsdp2_sends_each_gradient_once_in_its_own_format(plan: str, width: int) -> None:
+    """To each rank its rows, in the format of the weights; what stays here is not sent."""
+    sent = predicted(plan, world=4, parallel="fsdp2").sent_bytes
+
+    assert sent["all_to_all"] == width * PARAMETERS * 3 / 4
 
 
 def test_one_process_sends_nothing_and_is_predicted_as_ever() -> None:

@@ -315,12 +315,22 @@ def test_the_other_fashion_models_learn_too(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["image", "text", "regression"])
 def test_a_starter_trains_as_it_stands(kind: str) -> None:
-    """The file that `recipes new` writes is a recipe; its loss falls within 30 steps."""
+    """The file that `recipes new` writes is a recipe; its loss falls within some steps."""
     recipe = load_recipe(HOME / f"starter_{kind}.py")
-    model, losses = run(recipe, 30)
+    model, losses = run(recipe, 60 if kind == "image" else 30)
 
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert set(evaluated(recipe, model)) == set(recipe.module.HIGHER_IS_BETTER)
+
+
+@pytest.mark.slow
+def test_the_image_starter_learns_and_still_errs() -> None:
+    """Where every run is right on all samples, a comparison of precisions can say nothing."""
+    recipe = load_recipe(HOME / "starter_image.py")
+
+    model, _ = run(recipe, recipe.steps)
+
+    assert 1 / 3 + 0.2 < evaluated(recipe, model)["accuracy"] < 0.98
 
 
 def test_the_text_starter_reads_a_file(tmp_path: Path) -> None:

@@ -518,16 +518,29 @@ def test_an_undeclared_direction_is_asked_for(write: Write) -> None:
     [
         ("None", "optimizer(model, options) returned None"),
         ("torch.optim.SGD([torch.ones(1)], lr=1)", "holds none of the model's parameters"),
+        ("torch.optim.LBFGS(model.parameters())", "LBFGS.step() is not complete without"),
     ],
 )
 def test_a_wrong_optimizer_is_named(write: Write, value: str, message: str) -> None:
-    """Also one that would train something else than the model."""
+    """Also one that would train something else than the model, or calls it several times a step."""
     recipe = load_recipe(write(more=f"def optimizer(model, options):\n    return {value}"))
 
     with pytest.raises(RecipeError) as caught:
         recipe.build_optimizer(recipe.build_model())
 
     assert message in caught.value.message
+
+
+def test_two_optimizers_are_for_an_engine(write: Write) -> None:
+    """What docs/recipes.md says of a GAN is the hint."""
+    value = "torch.optim.SGD(model.parameters(), lr=1), torch.optim.SGD(model.parameters(), lr=2)"
+    recipe = load_recipe(write(more=f"def optimizer(model, options):\n    return {value}"))
+
+    with pytest.raises(RecipeError, match="returned a tuple of 2") as caught:
+        recipe.build_optimizer(recipe.build_model())
+
+    assert "a GAN" in caught.value.hint
+    assert "narrowcast.Engine" in caught.value.hint
 
 
 def test_a_scheduler_that_cannot_step_is_named(write: Write) -> None:
@@ -594,6 +607,7 @@ def test_errors_of_ours_and_ctrl_c_pass_through_a_recipe(write: Write) -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "--set batch_size"),
         (RuntimeError("could not create a primitive descriptor for the LSTM"), "try bf16 or fp32"),
+        (RuntimeError("Adam does not support sparse gradients"), "gets AdamW, which takes none"),
         (ValueError("odd"), ""),
     ],
 )

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrowcast.report.axes import Axis, axis_over
-from narrowcast.report.shapes import Unit
+from narrowcast.report.charts import figures_of
+from narrowcast.report.shapes import Chart, LinePanel, Series, Unit
 
 UNITS: list[Unit] = ["number", "bytes", "seconds", "scale"]
 
@@ -58,6 +59,25 @@ def test_ticks_show_the_decimals_that_tell_them_apart() -> None:
     """0.86 and 0.87 at steps of 0.005 have three decimals; zero has none."""
     assert axis_over([0.858, 0.872], "number").names == ("0.860", "0.865", "0.870")
     assert axis_over([-0.01, 0.01], "number").names == ("-0.010", "-0.005", "0", "0.005", "0.010")
+
+
+@pytest.mark.parametrize(("last", "ticks"), [(3, {"dtick": 1}), (40, {"nticks": 6})])
+def test_no_figure_stands_between_two_steps(last: int, ticks: dict[str, int]) -> None:
+    """A run of three steps has three figures below its curves, and none at 1.5."""
+    steps = tuple(float(step) for step in range(1, last + 1))
+    series = Series(name="fp32", group="fp32", colour="p-fp32", x=steps, y=steps)
+    panel = LinePanel(title="", x_title="step", unit="number", series=(series,))
+
+    (figure,) = figures_of(Chart(key="loss", title="", summary="", panels=(panel,)))
+
+    axis = figure["layout"]["xaxis"]
+    assert {name: axis[name] for name in ("dtick", "nticks") if name in axis} == ticks
+
+
+def test_an_accuracy_of_one_has_no_figures_above_it() -> None:
+    """There is nothing better than all right."""
+    assert axis_over([1.0, 1.0], "number").ticks[-1] == 1.0
+    assert axis_over([2.0, 2.0], "number").ticks[-1] > 2.0
 
 
 def test_a_diverging_loss_gets_a_logarithmic_axis() -> None:

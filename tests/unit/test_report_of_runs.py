@@ -11,7 +11,7 @@ from narrowcast.records.compilation import Compilation
 from narrowcast.records.ranges import BorderRange
 from narrowcast.records.run import RunRecord
 from narrowcast.report.outline import outline_of
-from narrowcast.report.shapes import Facts, Table
+from narrowcast.report.shapes import Facts, Prose, Table
 from report_records import golden
 
 BORDER = BorderRange(
@@ -42,6 +42,7 @@ OTHER: dict[str, Any] = {
 """Values that the golden run does not have, for fields of other types than text and numbers."""
 WITH: dict[str, dict[str, Any]] = {
     "ranks": {"parallel": "ddp"},
+    "failure_hint": {"failure": "it broke"},
     "failure_kind": {"failure": "it broke"},
     "watched_at": {"watched": (BORDER,)},
     "precision_notes": {"precision_honoured": False},
@@ -69,6 +70,43 @@ def test_every_field_shows(name: str) -> None:
     changed = dataclasses.replace(record, **{name: other(record, name)})
 
     assert outline_of(changed) != outline_of(record)
+
+
+def test_a_failure_is_laid_out_with_its_hint() -> None:
+    """The message is a warning, the user's lines stay lines, and what to do comes last."""
+    record = dataclasses.replace(
+        golden("run"), status="failed", failure="it broke\n  File x, line 1\n    x()",
+        failure_kind="RecipeError", failure_hint="mend it",
+    )  # fmt: skip
+
+    result = next(s for s in outline_of(record).sections if s.key == "result")
+
+    prose = [b for b in result.blocks if isinstance(b, Prose)][:3]
+    assert [(b.kind, b.lines) for b in prose] == [
+        ("warning", ("The run failed (RecipeError): it broke",)),
+        ("code", ("  File x, line 1", "    x()")),
+        ("paragraphs", ("hint: mend it",)),
+    ]
+
+
+def test_another_precision_than_asked_is_told_once() -> None:
+    """What the training warned of is not said again; what no warning says is, note by note."""
+    told = "precision fp16 was not carried out: matmul ran in fp32; conv ran in fp32"
+    record = dataclasses.replace(
+        golden("run"), precision_honoured=False, warnings=(told,),
+        precision_notes=("matmul ran in fp32", "conv ran in fp32"),
+    )  # fmt: skip
+    untold = dataclasses.replace(record, warnings=())
+
+    shown, by_itself = ([
+        line
+        for section in outline_of(each).sections if section.key == "result"
+        for b in section.blocks if isinstance(b, Prose)
+        for line in b.lines
+    ] for each in (record, untold))  # fmt: skip
+
+    assert shown == [told]
+    assert [line.split(": ")[1] for line in by_itself] == ["matmul ran in fp32; conv ran in fp32"]
 
 
 def test_ranks_and_budget_stand_beside_the_peak() -> None:

@@ -114,7 +114,27 @@ def test_every_run_is_a_dot_and_a_diverged_one_is_counted() -> None:
     assert isinstance(panel, StripPanel)
     strip = panel.strips[1]
     assert (strip.label, len(strip.dots)) == ("fp16 (2 diverged)", 3)
-    assert any("seed 23" in line for line in warnings(outline, "quality"))
+    assert any("seeds 23, " in line for line in warnings(outline, "quality"))
+
+
+def test_a_failure_is_told_once_for_all_its_seeds() -> None:
+    """Its lines are laid out below, and the hint is the last of them."""
+    record = golden("comparison_bad")
+    failing = "raised at step 1: it broke\n  File x, line 1\nhint: mend it"
+    arms = tuple(
+        replace(arm, failures=tuple(f"seed {seed}: {failing}" for seed in arm.diverged))
+        for arm in record.arms
+    )
+    seeds = next(arm.diverged for arm in arms if len(arm.diverged) == 2)
+
+    shown = [b for b in blocks(outline_of(replace(record, arms=arms)), "quality")
+             if isinstance(b, Prose)]  # fmt: skip
+
+    named = ", ".join(map(str, seeds))
+    assert [(b.kind, b.lines) for b in shown if any("fp16" in line for line in b.lines)] == [
+        ("warning", (f"fp16, seeds {named}: raised at step 1: it broke",))
+    ]
+    assert [b.lines for b in shown[1:3]] == [("  File x, line 1",), ("hint: mend it",)]
 
 
 @pytest.mark.parametrize(("direction", "limit"), [("higher", -0.01), ("lower", 0.01)])

@@ -76,12 +76,19 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Run the command line; the exit codes are those of ``narrowcast.errors``, 130 for Ctrl-C."""
+    """Run the command line; the exit codes are those of ``narrowcast.errors``.
+
+    And 130 for Ctrl-C, and 141 where the reader of the output has left (head, less), as of a
+    process that SIGPIPE ends.
+    """
     with _noting_interrupts() as interrupts:
         try:
             app(standalone_mode=True)
         except SystemExit as leaving:
-            if not _came_from_interrupt(leaving):
+            # Typer and rich leave with 1 where the output has no reader.
+            if _came_from(leaving, BrokenPipeError):
+                _leave_unread()
+            if not _came_from(leaving, KeyboardInterrupt):
                 raise  # a verb that was interrupted in its own way has said so
             _stop()
         except BaseException as error:  # noqa: BLE001 -- what is not ours is raised again
@@ -114,10 +121,10 @@ def _noting_interrupts() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _came_from_interrupt(error: BaseException | None) -> bool:
-    """Whether a Ctrl-C is what made this error, and nobody took it up (``from None``)."""
+def _came_from(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether an error of this kind made this one, and nobody took it up (``from None``)."""
     while error is not None:
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, kind):
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
@@ -135,10 +142,14 @@ def _leave_by(error: BaseException) -> NoReturn:
         _print_error(error)
         sys.exit(error.exit_code)
     if isinstance(error, BrokenPipeError):
-        # The reader of our output (head, less) has left; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _leave_unread()
     raise error
+
+
+def _leave_unread() -> NoReturn:
+    """Exit where nothing more can be said to anyone, what is still buffered included."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def _print_error(error: NarrowcastError) -> None:

@@ -28,7 +28,7 @@ from narrowcast.cli.common import (
     split_names,
 )
 from narrowcast.cli.precision import plan_called
-from narrowcast.errors import UnknownName, UsageError
+from narrowcast.errors import PrecisionError, UnknownName, UsageError
 from narrowcast.units import format_duration
 
 if TYPE_CHECKING:
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     import torch
 
     from narrowcast.comparison.compare import PlannedComparison
-    from narrowcast.comparison.study import ComparisonEvent
+    from narrowcast.comparison.study import Assignment, ComparisonEvent
     from narrowcast.plan import Plan
     from narrowcast.policy import AutocastRules
+    from narrowcast.records.run import RunRecord
 
 __all__ = ["compare", "register"]
 
@@ -162,6 +163,8 @@ class _Watch:
         self.ended = 0
         self.runs = 0
         self.said = set(planned.notes)
+        self.failures: dict[tuple[str, str], int] = {}
+        """The first seed on which an arm failed for a reason."""
         self.task: TaskID | None = None
 
     def __call__(self, event: ComparisonEvent) -> None:
@@ -188,8 +191,7 @@ class _Watch:
                 self.position = self.ended * self.steps
                 self._update()
                 if event.record.status == "failed":
-                    a = event.assignment
-                    self._note(f"{a.arm} diverged on seed {a.seed}: {event.record.failure}")
+                    self._failed(event.assignment, event.record)
             case _:
                 pass
 
@@ -209,6 +211,18 @@ class _Watch:
         rate = f"{speed:.3g} steps/s" if speed else ""
         left = f"{format_duration(rest / speed)} left" if speed and rest else ""
         self.shown.update(self.task, completed=self.position, rate=rate, left=left)
+
+    def _failed(self, assignment: Assignment, record: RunRecord) -> None:
+        """Tell a failure with its hint; on further seeds, that it was the same."""
+        how = "diverged" if record.failure_kind == PrecisionError.__name__ else "failed"
+        what = f"{assignment.arm} {how} on seed {assignment.seed}"
+        first = self.failures.setdefault((assignment.arm, record.failure), assignment.seed)
+        if first != assignment.seed:
+            self._note(f"{what} as on seed {first}")
+            return
+        self._note(f"{what}: {record.failure}")
+        if record.failure_hint:
+            _say(self.shown.console, f"hint: {record.failure_hint}")
 
     def _note(self, text: str) -> None:
         if text in self.said:

@@ -111,7 +111,13 @@ def _of_run(
     plan = chosen_plan(precision, place) if precision else from_json(Plan, record.plan)
     require(plan.policy, place)
     file = weights or _newest_weights(run)
-    recipe = load_recipe(record.recipe_path or record.recipe, record.options)
+    source = record.recipe_path or record.recipe
+    if record.recipe_path and not Path(source).is_file():
+        raise RunDirectoryError(
+            f"the recipe that {directory} was trained with is not at {source} any more",
+            hint=f"put it back, or give its new place: narrowcast evaluate RECIPE --weights {file}",
+        )
+    recipe = load_recipe(source, record.options)
     found = evaluate_weights(
         recipe,
         plan,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -23,6 +24,7 @@ from narrowcast.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from narrowcast.parallel.together import Together
     from narrowcast.plan import Plan
     from narrowcast.recipes.load import Recipe
     from narrowcast.records.plan import PlanRecord
@@ -51,6 +53,22 @@ PrecisionsOption = Annotated[
 ]
 KeepBatchOption = Annotated[
     bool, typer.Option("--keep-batch", help="Never split the batch into micro-batches.")
+]
+WorldOption = Annotated[
+    int,
+    typer.Option(
+        "--world",
+        metavar="N",
+        help="Ranks that share each batch, in processes of their own; the budget is that of one.",
+    ),
+]
+ParallelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--parallel",
+        metavar="KIND",
+        help="How they share the training: ddp or fsdp2; by default that is chosen too.",
+    ),
 ]
 FileOption = Annotated[
     Path | None,
@@ -82,6 +100,8 @@ def plan(
     precisions: PrecisionsOption = "auto",
     keep_batch: KeepBatchOption = False,
     device: PlaceOption = None,
+    world: WorldOption = 1,
+    parallel: ParallelOption = None,
     output: FileOption = None,
     json: JsonOption = None,
 ) -> None:
@@ -91,6 +111,9 @@ def plan(
     that is only named. What changes the result is chosen only where it is faster; by a roofline
     alone, stores that round only where no others fit.
     """
+    if world > 1:
+        # DDP's reducer would advise on stderr against looking for unused parameters; see replicas.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from narrowcast.cli.json_target import is_record
     from narrowcast.files import require_replaceable, write_for_user
     from narrowcast.planning.planner import plan_recipe
@@ -107,6 +130,8 @@ def plan(
             device=device,
             precisions=split_names(precisions),
             keep_batch=keep_batch,
+            world=world,
+            parallel=parallel,
             options=overrides or (),
             file=str(output or "plan.json"),
             say=say,
@@ -116,8 +141,9 @@ def plan(
     emit_json(record, json)
     if json != "-":
         render_terminal(record, result_console(json))
-    if output is not None:
-        console().print(f"plan: {output}", markup=False, highlight=False, soft_wrap=True)
+    kept = f"plan: {output}" if output else "not kept: for the command, add --output plan.json"
+    if output is not None or json != "-":
+        console().print(kept, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -195,14 +221,16 @@ class Limit(NamedTuple):
 def limit_of(
     recipe: Recipe,
     device: torch.device,
-    *,
+    together: Together | None,
     file: str | Path | None,
     budget: str | None,
+    *,
     accumulate: int,
 ) -> Limit:
     """Return the budget of a training: as given, or as the plan in a file was found for it.
 
-    A note says in what that plan was found for another training; a name has no budget.
+    A note says in what that plan was found for another training; a name has no budget. `together`
+    are the ranks that share the training.
     """
     from narrowcast.plan_files import read_promise
     from narrowcast.recipes.load import option_values
@@ -221,12 +249,19 @@ def limit_of(
             options=option_values(recipe),
             batch_size=recipe.batch_size,
             devices=_names_of(device),
+            **_sharing(together),
         )
     if accumulate > 1:
         differing.append(f"one batch a step, and --accumulate is {accumulate}")
     room = format_bytes(size)
     notes = (f"{found} was found for {each}: {room} may not be enough" for each in differing)
     return Limit(size, tuple(notes))
+
+
+def _sharing(together: Together | None) -> dict[str, Any]:
+    if together is None:
+        return {}
+    return {"world": together.meeting.world.size, "parallel": together.kind}
 
 
 def _names_of(device: torch.device) -> set[str]:

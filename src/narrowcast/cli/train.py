@@ -169,7 +169,7 @@ def train(
             release=clip_norm is None and accumulate == 1,
             others=_typed(precision, policy, keep_fp32, autocast_rules, resume and budget),
         ) or chosen_plan(named, place, rules=autocast_rules, keep_fp32=keep_fp32)
-        limit = limit_of(loaded, place, file=plan or named, budget=budget, accumulate=accumulate)
+        limit = limit_of(loaded, place, rank.together, plan or named, budget, accumulate=accumulate)
         where = partial(_default_directory, loaded.name, chosen.name, seed, resume=resume)
         parts = (loaded, chosen, options, directory := output or rank.directory(where))
         record = _followed(rank, track, *parts, device=place, resume=resume, limit=limit)
@@ -196,6 +196,7 @@ def _followed(
 ) -> RunRecord:
     """Train what the parts say, and show how it goes; on other ranks than 0 in silence."""
     from narrowcast.integrations.trackers import all_of, tracker_named
+    from narrowcast.plan_files import naming_differences
     from narrowcast.training.events import ignore
     from narrowcast.training.train import train as training
 
@@ -212,7 +213,7 @@ def _followed(
     )
     if not rank.is_main:
         return run(observe=ignore)
-    with watching() as follow:
+    with watching() as follow, naming_differences(limit.notes):
         return run(observe=all_of(follow, *trackers))
 
 

@@ -123,10 +123,12 @@ def _final_evaluation(run: Run, precision: str) -> Evaluation | None:
 
 
 def _failure(record: RunRecord, metric: str) -> str:
+    """Say why a run has no value; what to do about it is a last line."""
+    failure = record.failure or f"{metric} is not a number"
     if _raised(record):
         at = min(record.completed_steps + 1, record.planned_steps)
-        return f"raised at step {at}: {record.failure}"
-    return record.failure or f"{metric} is not a number"
+        failure = f"raised at step {at}: {failure}"
+    return f"{failure}\nhint: {record.failure_hint}" if record.failure_hint else failure
 
 
 def _raised(record: RunRecord) -> bool:

@@ -241,6 +241,10 @@ class Engine:
         """Whether ranks add up gradients in the backward pass to come: it ends a step."""
         return all(lane.meets_next(self._accumulate) for lane in self._lanes.values())
 
+    def begins_next(self) -> bool:
+        """Whether the forward pass to come is the first of a step."""
+        return all(lane.micro_batches == 0 for lane in self._lanes.values())
+
     def zero_grad(self, name: str | None = None) -> None:
         """Drop pending gradients and the micro-batches counted so far, of one optimizer or all."""
         for lane in self._lanes.values() if name is None else (self._lane(name),):

@@ -7,7 +7,7 @@ Plain functions on lists of tensors. A step on CUDA waits for the device once, i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -159,14 +159,29 @@ def clip(gradients: list[Tensor], norms: tuple[Tensor, ...], limit: float) -> No
     torch._foreach_mul_(gradients, coefficient)
 
 
+_Mark = tuple[int, int] | None
+"""Which tensor a gradient is, and how often it has been written; None for no gradient."""
+
+
+def _marks(optimizer: Optimizer) -> list[_Mark]:
+    """Return the marks of all gradients; written so as to take 0.2 us each, twice a step."""
+    return [
+        (id(gradient), gradient._version) if (gradient := parameter.grad) is not None else None
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+
 class Witness:
     """A parameter that has a gradient: when it has none any more, somebody dropped them.
 
-    Gradients that `WideSums` took are safe from that, and are not witnesses.
+    Gradients that `WideSums` took are safe from that, and are not witnesses. Marks of all gradients
+    show whether somebody wrote into one, where that matters.
     """
 
     def __init__(self) -> None:
         self._parameter: Tensor | None = None
+        self._marks: list[_Mark] = []
 
     def choose(self, optimizer: Optimizer) -> None:
         """Take the first parameter with a gradient, unless there is a witness."""
@@ -182,9 +197,25 @@ class Witness:
         self.choose(optimizer)
         return self._parameter is None
 
+    def mark(self, optimizer: Optimizer) -> None:
+        """Remember all gradients as they are now."""
+        self._marks = _marks(optimizer)
+
+    def changed(self, optimizer: Optimizer) -> Tensor | None:
+        """Return the first parameter whose gradient is another than was marked, or none.
+
+        One alone may have been dropped on purpose.
+        """
+        if not self._marks or (now := _marks(optimizer)) == self._marks:
+            return None
+        held: Iterator[Tensor] = (p for group in optimizer.param_groups for p in group["params"])
+        marks = zip(held, self._marks, now, strict=False)  # a group may have been added
+        return next((p for p, before, mark in marks if mark not in (None, before)), None)
+
     def dismiss(self) -> None:
-        """Forget the witness: the gradients may go."""
+        """Forget the witness and the marks: the gradients may go."""
         self._parameter = None
+        self._marks = []
 
 
 class WideSums:

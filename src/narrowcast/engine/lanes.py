@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from narrowcast.engine import gradients
-from narrowcast.engine.guard import StepGuard
-from narrowcast.engine.views import View, Whole
+from narrowcast.engine.guard import ScheduleGuard, StepGuard, changed_gradient
+from narrowcast.engine.views import InParts, View, Whole
 from narrowcast.errors import PrecisionError, UsageError
 from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.release import GradientRelease
@@ -102,6 +102,7 @@ class Lane:
         self._peers = peers
         self.optimizer = optimizer
         self.followers = followers
+        self._schedules = [f for _, f in followers.values() if isinstance(f, ScheduleGuard)]
         self.progress = Progress()
         self.scales: dict[str, LossScale] = {}
         """The scale of each loss seen so far."""
@@ -162,7 +163,13 @@ class Lane:
         self._require_kept()
 
     def _require_kept(self) -> None:
-        """Raise UsageError if somebody dropped what is pending."""
+        """Raise UsageError if what is pending was dropped or changed, or the schedule stepped."""
+        for schedule in self._schedules:
+            schedule.require_unmoved()
+        changed = self._witness.changed(self.optimizer)
+        if changed is not None:
+            name = self._names().get(id(changed), "a parameter of another module")
+            raise changed_gradient(name, self.name, self.scale)
         if self._witness.misses(self.optimizer):
             raise UsageError(
                 f"the gradients pending in optimizer {self.name!r} were dropped: "
@@ -197,6 +204,8 @@ class Lane:
         if self._sums is not None:
             self._sums.add(self.optimizer)
         self._witness.choose(self.optimizer)
+        if self.scale != 1.0 or self._sums is not None or isinstance(self._view, InParts):
+            self._witness.mark(self.optimizer)  # else a change is used as it is
 
     def meets_next(self, accumulate: int) -> bool:
         """Whether ranks add up their gradients in the backward pass to come: it is a step's last.
@@ -376,6 +385,8 @@ class Lane:
         self.optimizer.load_state_dict(saved["optimizer"])
         for name in self.followers.keys() & saved.keys():
             self.followers[name][0].load_state_dict(saved[name])
+        for schedule in self._schedules:
+            schedule.forget()
 
     def _require_no_foreign_gradients(self) -> None:
         for group in self.optimizer.param_groups:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from narrowcast.engine.guard import ScheduleGuard
 from narrowcast.engine.lanes import Followers, Lane
 from narrowcast.errors import CheckpointError, UnknownName, UsageError
 from narrowcast.parallel.peers import Peers
@@ -109,8 +110,8 @@ def choose_device(model: nn.Module, asked: torch.device | str | None) -> torch.d
     """Return the device asked for, or the one that the model is on."""
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"the model is {model!r:.80}, a {type(model).__name__}",
-            hint="pass the torch.nn.Module that is to be trained, before the optimizer",
+            f"a {type(model).__name__} stands where the model belongs",
+            hint="Engine(model, optimizer, policy): the torch.nn.Module to be trained comes first",
         )
     if asked is not None:
         return device_at_hand(str(asked))
@@ -323,7 +324,7 @@ def _followers(optimizer: Optimizer, scheduler: Any, ema: Any, model: nn.Module)
     followers: Followers = {}
     if scheduler is not None:
         _require_own_scheduler(scheduler, optimizer)
-        followers["scheduler"] = (scheduler, scheduler.step)
+        followers["scheduler"] = (scheduler, ScheduleGuard(scheduler))
     if ema is None:
         return followers
     if hasattr(ema, "update_parameters"):

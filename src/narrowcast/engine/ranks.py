@@ -11,7 +11,7 @@ from narrowcast.activations.blocks import repeated_blocks
 from narrowcast.engine.engine import Engine
 from narrowcast.errors import UsageError
 from narrowcast.parallel.peers import Peers, Ranks
-from narrowcast.parallel.replicas import LossFunction, Replicas
+from narrowcast.parallel.replicas import LossFunction, Passes, Replicas
 from narrowcast.parallel.shards import Shards
 from narrowcast.precision.cast import torch_dtype
 
@@ -22,11 +22,12 @@ def share(engine: Engine, compute_loss: LossFunction, peers: Peers) -> Replicas 
     """Let the engine's model meet those of other ranks; None for a process that is alone."""
     if not isinstance(peers, Ranks):
         return None
+    model, passes = engine.model, Passes(begins=engine.begins_next, meets=engine.meets_next)
     reduce = torch_dtype(engine.policy.reduce)
-    model, meets = engine.model, engine.meets_next
     if not peers.cuts:
-        return Replicas(model, compute_loss, peers, reduce=reduce, meets=meets)
-    shards = Shards(model, compute_loss, peers, blocks=blocks_of(model), reduce=reduce, meets=meets)
+        return Replicas(model, compute_loss, peers, reduce=reduce, passes=passes)
+    blocks = blocks_of(model)
+    shards = Shards(model, compute_loss, peers, blocks=blocks, reduce=reduce, passes=passes)
     engine.adopt(shards)
     return shards
 

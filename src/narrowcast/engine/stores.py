@@ -137,22 +137,23 @@ def fit_stores(model: nn.Module, plan: Plan, optimizers: Mapping[str, Optimizer]
                 raise UsageError(
                     f"precision {plan.name!r} keeps weights as {plan.weights} and states as "
                     f"{plan.states}, and {type(optimizer).__name__} has no such stores",
-                    hint="narrowcast.AdamW(model.parameters(), lr=..., "
-                    f"weights={plan.weights!r}, states={plan.states!r}); SGD and Lion likewise",
+                    hint=_as_planned(plan),
                 )
             continue
         optimizer.keep_fp32(kept_fp32)
         for parameter, weights, states in _stored(optimizer):
             name = names.get(id(parameter), "a parameter of another module")
             kept = id(parameter) in islands
-            _require_format(plan, name, weights, wanted="fp32" if kept else plan.policy.param)
+            held = "fp32" if weights == "fp32" else "bf16"
+            wanted = "fp32" if kept else plan.policy.param
+            if held != wanted:
+                raise _wrong_format(plan, name, weights, held=held, wanted=wanted)
             asked = "fp32" if kept else plan.weights
             if plan.weights != OWN and (weights, states) != (asked, plan.states):
                 raise UsageError(
                     f"precision {plan.name!r} keeps {name} as {asked} with {plan.states} states, "
                     f"and the optimizer keeps it as {weights} with {states}",
-                    hint="build the optimizer with the plan's stores: weights=plan.weights, "
-                    "states=plan.states",
+                    hint=_as_planned(plan),
                 )
 
 
@@ -197,13 +198,23 @@ def _stored(optimizer: NarrowOptimizer) -> Iterator[tuple[Tensor, str, str]]:
         yield parameter, held.weights, optimizer.param_groups[held.group]["states"]
 
 
-def _require_format(plan: Plan, name: str, weights: str, *, wanted: str) -> None:
-    held = "fp32" if weights == "fp32" else "bf16"
-    if held != wanted:
-        raise UsageError(
-            f"the optimizer stores {name} as {weights} ({held}), and policy {plan.policy.name!r} "
-            f"keeps it in {wanted}",
-            hint="choose a precision with bf16 weights, such as bf16-split"
-            if wanted == "fp32"
-            else "build the optimizer with weights='split16', or choose a precision with fp32 ones",
-        )
+def _wrong_format(plan: Plan, name: str, weights: str, *, held: str, wanted: str) -> UsageError:
+    if plan.weights != OWN:
+        hint = _as_planned(plan)
+    elif wanted == "fp32":
+        hint = "choose a precision with bf16 weights, such as bf16-split"
+    else:
+        hint = "build the optimizer with weights='split16', or choose a precision with fp32 ones"
+    return UsageError(
+        f"the optimizer stores {name} as {weights} ({held}), and policy {plan.policy.name!r} "
+        f"keeps it in {wanted}",
+        hint=hint,
+    )
+
+
+def _as_planned(plan: Plan) -> str:
+    """Say how an optimizer is built with the stores of a plan."""
+    return (
+        f"narrowcast.AdamW(model.parameters(), lr=..., weights={plan.weights!r}, "
+        f"states={plan.states!r}); SGD and Lion likewise"
+    )

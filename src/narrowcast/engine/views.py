@@ -90,6 +90,7 @@ class InParts:
     def discard(self) -> None:
         """Forget the sums over micro-batches."""
         self._sums.clear()
+        self._shards.discard()
 
     def norm(self, optimizer: Optimizer, norms: tuple[Tensor, ...]) -> float:
         """Return the norm over all gradients of all ranks, the same on each.

@@ -30,9 +30,8 @@ from torch.optim import Optimizer
 from narrowcast.dropin.grad_scaler import GradScaler
 from narrowcast.errors import UnsupportedPrecision, UsageError
 from narrowcast.integrations.finite_check import FiniteCheck
-from narrowcast.integrations.host_plan import HostPlan
+from narrowcast.integrations.host_plan import HostPlan, Precision
 from narrowcast.integrations.hosts import host_module
-from narrowcast.plan import Plan
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import numeric_settings
 from narrowcast.records.run import SkippedStep
@@ -46,15 +45,16 @@ _OWN_ENGINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 def attach(
     accelerator: Any,
-    precision: Plan | Policy | str,
+    precision: Precision,
     *,
     scaler: GradScaler | None = None,
     max_consecutive_skips: SkipLimit = "auto",
 ) -> AttachedPrecision:
     """Put a precision on an Accelerator, before anything is prepared.
 
-    `precision` is a Plan, a Policy or a name. The Accelerator's `mixed_precision` says the same:
-    "fp16" or "bf16" where the policy autocasts, else "no". Raises UsageError where it does not.
+    `precision` is a Plan, a Policy, a name or a JSON file. The Accelerator's `mixed_precision` says
+    the same: "fp16" or "bf16" where the policy autocasts, else "no". Raises UsageError where it
+    does not.
     """
     host = host_module("accelerate", package="accelerate")
     if not isinstance(accelerator, host.Accelerator):
@@ -66,6 +66,13 @@ def attach(
         raise UnsupportedPrecision(
             f"{accelerator.distributed_type} has a mixed precision of its own",
             hint="use `torchrun -m narrowcast train --parallel fsdp2`, or DDP under Accelerate",
+        )
+    compiler = str(accelerator.state.dynamo_plugin.backend).rpartition(".")[2]
+    if compiler != "NO":
+        raise UnsupportedPrecision(
+            f"the Accelerator compiles the whole model (torch_compile, dynamo_backend: {compiler})"
+            ", and what such a model executes and holds cannot be seen",
+            hint="leave that out; narrowcast.Engine(..., compile=True) compiles and counts it",
         )
     if isinstance(accelerator.scaler, FiniteCheck | GradScaler):
         raise UsageError(
@@ -158,6 +165,9 @@ class AttachedPrecision:
         """Give the Accelerator its own settings back, and the process its numeric ones."""
         self._settings.close()
         self.accelerator.native_amp, self.accelerator.scaler = self._before
+        # Each that is registered is saved, and has to be there when the state is loaded.
+        registered = self.accelerator._custom_objects
+        registered[:] = [each for each in registered if each is not self]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``accelerator.save_state`` does not save itself."""

@@ -7,7 +7,7 @@ call, scales by nothing, and keeps the same ledger.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from narrowcast.dropin.grad_scaler import GradScaler
-from narrowcast.engine import gradients
 from narrowcast.errors import CheckpointError
+from narrowcast.integrations.looks import Flags
 from narrowcast.records.run import SkippedStep
 from narrowcast.scaling.loss_watch import LossWatch
 from narrowcast.scaling.scales import NoScale
@@ -30,13 +29,9 @@ from narrowcast.scaling.skips import (
     stuck_error,
 )
 
-__all__ = ["FiniteCheck", "Flags", "HostScaler"]
+__all__ = ["FiniteCheck"]
 
 _CPU = torch.device("cpu")
-_STRIDED = torch.strided
-Kind = tuple[torch.device, torch.dtype]
-_CHECKED = (torch.float32, torch.float16, torch.bfloat16)
-"""What torch's operation takes on every device; wider numbers are looked at otherwise."""
 
 
 class FiniteCheck:
@@ -85,7 +80,7 @@ class FiniteCheck:
         """Return the outputs as they are, and hold them: a skipped step is asked for its loss."""
         if type(outputs) is not Tensor:
             return self._watch.passing(outputs)
-        self._watch.hold(outputs)
+        self._watch.note(outputs)
         return outputs
 
     def unscale_(self, optimizer: Optimizer) -> None:
@@ -97,11 +92,10 @@ class FiniteCheck:
         Returns what `optimizer.step` returned, or a StepOutcome where that is None.
         """
         step = self._steps + 1
-        flags = self._flags.raised(gradients.collect(optimizer))
-        if not any(flag.item() for flag in flags):
-            self._last = StepOutcome(step)
+        if not self._flags.are_up_for(optimizer):
+            self._last = outcome = StepOutcome(step)
             returned = optimizer.step(*args, **kwargs)
-            return self._last if returned is None else returned
+            return outcome if returned is None else returned
         self._flags.lower()
         self._newest = SkippedStep(
             step=step,
@@ -147,118 +141,3 @@ class FiniteCheck:
                 hint="was it saved in another precision? fp16 keeps the state of a loss scaler",
             ) from error
         self._steps, self._row, self._skips = steps, row, skips
-
-
-class HostScaler(GradScaler):
-    """A GradScaler for trainers that unscale gradients before every step, for hooks to see them.
-
-    Gradients that are all of one device and format are unscaled, and what changed them since is
-    looked at, in one operation each and without the bookkeeping for several devices: a fifth of a
-    small step.
-    """
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._flags: dict[int, Flags] = {}
-        """By the id of the optimizer; all are down between steps, whoever has the id next."""
-
-    def _unscale_grads_(
-        self,
-        optimizer: Optimizer,
-        inv_scale: Tensor,
-        found_inf: Tensor,
-        allow_fp16: bool,  # noqa: FBT001 -- torch's own signature
-    ) -> dict[torch.device, Tensor]:
-        pending = _dense(optimizer)
-        kinds = _alike(pending)
-        if len(kinds) == 1 and pending[0].device == found_inf.device:
-            is_known = pending[0].dtype in _CHECKED
-            if is_known and (allow_fp16 or pending[0].dtype is not torch.float16):
-                torch._amp_foreach_non_finite_check_and_unscale_(pending, found_inf, inv_scale)
-                return {found_inf.device: found_inf}
-        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-
-    def _look_again(self, optimizer: Optimizer) -> None:
-        pending = _dense(optimizer)
-        if not pending:
-            super()._look_again(optimizer)
-            return
-        flags = self._flags.get(id(optimizer))
-        if flags is None:
-            flags = self._flags[id(optimizer)] = Flags()
-        seen = flags.raised(pending)
-        self._per_optimizer_states[id(optimizer)]["seen_again"] = dict(enumerate(seen))
-
-    def _judge(self, optimizer: Optimizer, state: dict[str, Any]) -> SkippedStep | None:
-        skip = super()._judge(optimizer, state)
-        if skip is not None:
-            self._flags.pop(id(optimizer), None)  # up, and they do not go down
-        return skip
-
-    def _record_fused(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        super()._record_fused(optimizer, state)
-        if not self._reads_are_free():
-            self._flags.pop(id(optimizer), None)  # on the device, and not known yet
-
-
-def _dense(optimizer: Optimizer) -> list[Tensor]:
-    """List the gradients, or nothing if one of them is sparse."""
-    found = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if gradient.layout is not _STRIDED:
-                return []
-            found.append(gradient)
-    return found
-
-
-class Flags:
-    """Says for each kind of gradient whether an element is not finite: fp32 1, else 0; unread.
-
-    By the operation with which torch unscales: it takes a sixth of the time of norms on small
-    models, and writes each gradient times 1. Flags are made once, and go up but not down.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[Kind, tuple[Tensor, Tensor]] = {}
-        """For each kind its flag, and the 1 that gradients are multiplied by."""
-
-    def raised(self, pending: list[Tensor]) -> list[Tensor]:
-        """Return a flag for each kind of gradient, up if an element is not finite."""
-        return [self._of(alike) for alike in _alike(pending)]
-
-    def _of(self, alike: list[Tensor]) -> Tensor:
-        kind = alike[0].device, alike[0].dtype
-        made = self._made.get(kind)
-        if made is None:
-            if kind[1] not in _CHECKED:
-                return (~gradients.all_finite(alike)).float()
-            made = torch.zeros((), device=kind[0]), torch.ones((), device=kind[0])
-            self._made[kind] = made
-        flag, one = made
-        torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, one)
-        return flag
-
-    def lower(self) -> None:
-        """Take the flags down for the next step."""
-        for flag, _ in self._made.values():
-            flag.zero_()
-
-
-def _alike(pending: list[Tensor]) -> Collection[list[Tensor]]:
-    """Return gradients by device and format; mostly they are all of one."""
-    if not pending:
-        return ()
-    dtype, device = pending[0].dtype, pending[0].device
-    for g in pending:
-        if g.dtype is not dtype or g.device != device:
-            break
-    else:
-        return (pending,)
-    kinds: dict[Kind, list[Tensor]] = {}
-    for gradient in pending:
-        kinds.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-    return kinds.values()

@@ -7,13 +7,16 @@ for ends there, before its first step.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from narrowcast.compiling import is_compiled
 from narrowcast.errors import UnsupportedPrecision
 from narrowcast.policy import Policy
 from narrowcast.precision.executed import ExecutedDtypes, honoured
@@ -23,6 +26,15 @@ from narrowcast.precision.islands import unused_islands
 __all__ = ["FirstPass"]
 
 _HEAVY = ("matmul", "conv", "attention", "rnn")
+_COMPILED = (
+    "compiled parts were looked at uncompiled, in the first pass alone; they go through backward "
+    "under the autocast of their forward pass, unless torch._functorch.config."
+    "backward_pass_autocast is 'off'"
+)
+_UNSEEN = (
+    "what the first pass executed was not seen: it went round the model's own call, the model was "
+    "in eval mode, or it is compiled as a whole"
+)
 
 
 class FirstPass:
@@ -38,11 +50,22 @@ class FirstPass:
         """Counts the products that a chunked loss has made in fp32 on purpose."""
         self._is_done = False
 
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing to watch any more."""
+        return self._is_done
+
+    def miss(self) -> None:
+        """Say that the first pass is over and was not seen."""
+        self._is_done = True
+        self.notes = (_UNSEEN,)
+        warnings.warn(f"policy {self._policy.name!r}: {_UNSEEN}", stacklevel=2)
+
     def watched(self, run: Callable[[], Any], model: nn.Module) -> Any:
         """Call `run` and return what it returns; watch and judge it if it is the first pass."""
         if self._is_done:
             return run()
-        with ExecutedDtypes() as seen:
+        with _watching() as seen:
             returned = run()
         self.judge(seen, model)
         return returned
@@ -70,6 +93,8 @@ class FirstPass:
                 hint="does something switch autocast off, or was the model prepared by another "
                 "precision? `narrowcast doctor` says what the device can do",
             )
+        if is_compiled(model):
+            self.notes += (_COMPILED,)
         if not is_honoured:
             warnings.warn(f"policy {policy.name!r}: {'; '.join(self.notes)}", stacklevel=2)
 
@@ -79,7 +104,8 @@ class _FirstCall:
 
     def __init__(self, first: FirstPass, model: nn.Module) -> None:
         self._first = first
-        self._seen: ExecutedDtypes | None = None
+        self._open: AbstractContextManager[ExecutedDtypes] | None = None
+        self._seen = ExecutedDtypes()
         self._hooks = (
             model.register_forward_pre_hook(self._enter),
             # After exceptions too: the mode must not stay behind. The next call is then the first.
@@ -87,18 +113,31 @@ class _FirstCall:
         )
 
     def _enter(self, model: nn.Module, args: Any) -> None:
-        is_inside = self._seen is not None
+        is_inside = self._open is not None
         traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         if model.training and torch.is_grad_enabled() and not traced and not is_inside:
-            self._seen = ExecutedDtypes()
-            self._seen.__enter__()  # type: ignore[no-untyped-call]
+            self._open = _watching()
+            self._seen = self._open.__enter__()
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
-        seen, self._seen = self._seen, None
-        if seen is None:
+        opened, self._open = self._open, None
+        if opened is None:
             return
-        seen.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        opened.__exit__(None, None, None)
         if output is not None:
             for hook in self._hooks:
                 hook.remove()
-            self._first.judge(seen, model)
+            self._first.judge(self._seen, model)
+
+
+@contextmanager
+def _watching() -> Iterator[ExecutedDtypes]:
+    """Watch what executes, and leave for later what is to be compiled.
+
+    Torch never compiles what it first met under a mode that watches operations (2.11, 2.13), and
+    says nothing.
+    """
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing can be compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield stack.enter_context(ExecutedDtypes())

@@ -8,6 +8,7 @@ optimizer's stores and the state to save are the same wherever these places are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -28,10 +29,12 @@ from narrowcast.engine.parts import (
 from narrowcast.engine.stores import fit_stores, planned_optimizer
 from narrowcast.engine.surroundings import Surroundings
 from narrowcast.errors import CheckpointError, UsageError
-from narrowcast.integrations.finite_check import FiniteCheck, HostScaler
+from narrowcast.integrations.finite_check import FiniteCheck
 from narrowcast.integrations.first_pass import FirstPass
+from narrowcast.integrations.host_scaler import HostScaler
 from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.plan import OWN, Plan
+from narrowcast.plan_files import read_plan
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import backward_context, forward_context, prepare_model
 from narrowcast.precision.device import device_at_hand
@@ -41,11 +44,22 @@ from narrowcast.records.run import SkippedStep
 from narrowcast.scaling.skips import SkipLimit, StepOutcome
 from narrowcast.training.state_tree import pack, unpack
 
-__all__ = ["HostPlan", "is_one_of_many"]
+__all__ = ["HostPlan", "Precision", "is_one_of_many", "plan_for"]
+
+Precision = Plan | Policy | str | Path
+"""A plan, a policy, the name of one, or the JSON file that holds one."""
+
+
+def plan_for(device: torch.device, precision: Precision) -> tuple[Plan, str]:
+    """Return the plan and why it is this one; a name ends in .json where it is that of a file."""
+    is_file = isinstance(precision, Path) or str(precision).endswith(".json")
+    if is_file and isinstance(precision, Path | str):
+        return choose_plan_for(device, read_plan(Path(precision)))
+    return choose_plan_for(device, precision)  # type: ignore[arg-type]
 
 
 class HostPlan:
-    """One plan in one trainer. `precision` is a Plan, a Policy or a name, as for an Engine.
+    """One plan in one trainer. `precision` is what an Engine takes, or a file that holds it.
 
     `device` is the one that the trainer trains on, by default the best at hand. Raises UsageError
     for what only an engine can do, UnsupportedPrecision for what the device cannot.
@@ -53,14 +67,14 @@ class HostPlan:
 
     def __init__(
         self,
-        precision: Plan | Policy | str,
+        precision: Precision,
         *,
         device: str | None = None,
         scaler: GradScaler | None = None,
         max_consecutive_skips: SkipLimit = "auto",
     ) -> None:
         self.device = device_at_hand(device)
-        self.plan, self.reason = choose_plan_for(self.device, precision)
+        self.plan, self.reason = plan_for(self.device, precision)
         self.policy = self.plan.policy
         _require_hostable(self.plan)
         self.scaler = self._scaler(scaler, max_consecutive_skips)

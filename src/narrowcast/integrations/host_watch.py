@@ -36,8 +36,13 @@ class HostWatch:
         """What crossed the modules' borders in that step."""
         self.failures: tuple[str, ...] = ()
         """What the training showed of failing so far, each kind once."""
+        self.notes: tuple[str, ...] = ()
+        """Why nothing is looked at, where it was asked for."""
         self._model, self._scaler = model, scaler
-        self._every = 0 if is_compiled(model) else every
+        self._every = every
+        if every and is_compiled(model):
+            self._every = 0
+            self.notes = ("values at borders are not watched: a compiled module calls no hooks",)
         self._open: Boundaries | None = None
         self._row = 0
         self._step = 0
@@ -49,8 +54,7 @@ class HostWatch:
         if self._open is not None:
             self.close()
         self._step = step
-        is_due = self._every > 0 and (self._row > 0 or step % self._every == 0)
-        if is_due:
+        if self._every and (self._row or step % self._every == 0):
             self._open = Boundaries(self._model, self._scaler.get_scale())
             self._open.__enter__()
 

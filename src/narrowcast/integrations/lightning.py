@@ -29,9 +29,8 @@ from torch.optim import Optimizer
 from narrowcast.dropin.grad_scaler import GradScaler
 from narrowcast.engine import gradients
 from narrowcast.engine.surroundings import Surroundings
-from narrowcast.integrations.host_plan import HostPlan
+from narrowcast.integrations.host_plan import HostPlan, Precision
 from narrowcast.integrations.hosts import first_host, mixed_class
-from narrowcast.plan import Plan
 from narrowcast.policy import Policy
 from narrowcast.precision.cast import (
     backward_context,
@@ -50,7 +49,7 @@ _NEVER = sys.maxsize
 
 
 def trainer_precision(
-    precision: Plan | Policy | str,
+    precision: Precision,
     *,
     device: str | None = None,
     scaler: GradScaler | None = None,
@@ -58,8 +57,8 @@ def trainer_precision(
 ) -> Any:
     """Return a precision plugin for ``Trainer(plugins=[...])``; see the module.
 
-    `precision` is a Plan, a Policy or a name, Lightning's own among them. `device` is what the
-    Trainer's accelerator is ("cpu", "cuda"), by default the best at hand.
+    `precision` is a Plan, a Policy, a JSON file or a name, Lightning's own among them. `device` is
+    what the Trainer's accelerator is ("cpu", "cuda"), by default the best at hand.
     """
     plan = HostPlan(
         precision, device=device, scaler=scaler, max_consecutive_skips=max_consecutive_skips
@@ -70,7 +69,7 @@ def trainer_precision(
 
 
 def fabric_precision(
-    precision: Plan | Policy | str,
+    precision: Precision,
     *,
     device: str | None = None,
     scaler: GradScaler | None = None,
@@ -184,6 +183,8 @@ class _FabricHooks(_Hooks):
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         self.host_plan.require_fit(optimizer)
+        if not self.host_plan.first_pass.is_done:
+            self.host_plan.first_pass.miss()
         return self._step(optimizer, **kwargs)
 
 
@@ -222,8 +223,9 @@ class _TrainerHooks(_Hooks):
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         """Give the optimizers their stores, and see that the Trainer's settings fit the plan."""
         self._settings.enter_context(numeric_settings(self.host_plan.policy))
-        accumulate = self._module.trainer.accumulate_grad_batches
-        self.host_plan.require_narrow_sums(accumulate, setting="accumulate_grad_batches")
+        self.host_plan.require_narrow_sums(
+            _most_accumulated(self._module.trainer), setting="accumulate_grad_batches"
+        )
         adopted = [self.host_plan.adopt(each, self._module) for each in optimizers]
         self.host_plan.forget_masters()
         for optimizer in adopted:
@@ -293,6 +295,13 @@ class _TrainerHooks(_Hooks):
         self._held = tuple((settings, settings.frequency) for settings in self._schedulers)
         for settings, _ in self._held:
             settings.frequency = _NEVER
+
+
+def _most_accumulated(trainer: Any) -> int:
+    """Return how many batches a step is of, at most: the setting, or a callback's schedule."""
+    schedules = [getattr(callback, "scheduling", {}) for callback in trainer.callbacks]
+    most: int = max([trainer.accumulate_grad_batches, *(n for s in schedules for n in s.values())])
+    return most
 
 
 def _without_wrapper(optimizer: Any) -> Optimizer:

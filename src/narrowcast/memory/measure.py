@@ -76,7 +76,7 @@ class MemoryLedger:
         self._optimizers = list(_optimizers_in(optimizer))
         self.device = _device_of(model, device)
         self._book = StorageBook(self.device)
-        self._trace = ModuleTrace(model, on_call=self._module_called, on_new=self._claim_module)
+        self._trace = ModuleTrace(model, on_call=self._module_called, on_new=self._claim_new_module)
         self._watch = Watch(self._book, self._trace)
         self._gradients = GradientWatch(self._book, self._trace)
         self._open = ExitStack()
@@ -84,9 +84,25 @@ class MemoryLedger:
         self._state = "new"
 
     def inputs(self, batch: Any) -> None:
-        """Register the tensors in a batch (any nest of them) as inputs."""
+        """Register the tensors in a batch (any nest of them) as inputs.
+
+        Of a view into something larger, such as the data set, what it covers counts.
+        """
         for tensor in tensors_in(batch):
-            self._book.claim(tensor, Role.INPUT, "(inputs)")
+            self._book.claim_part(tensor, Role.INPUT, "(inputs)")
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draw a batch inside: the data set that it comes from is no part of the step.
+
+        Nothing that is read or made is noted; announce the batch with `inputs` afterwards.
+        """
+        self._book.forget_parts()
+        self._watch.is_paused = True
+        try:
+            yield
+        finally:
+            self._watch.is_paused = False
 
     def gradients(self, tensors: Iterable[Tensor]) -> None:
         """Register what gradients lie in that no parameter shows between two steps: buckets."""
@@ -219,6 +235,10 @@ class MemoryLedger:
         for optimizer in self._optimizers:
             self._claim_optimizer(optimizer)
 
+    def _claim_new_module(self, module: nn.Module) -> None:
+        if not self._watch.is_paused:
+            self._claim_module(module)
+
     def _claim_module(self, model: nn.Module) -> None:
         for module in model.modules():
             name = self._trace.name_of(module)
@@ -244,6 +264,8 @@ class MemoryLedger:
     def _module_called(
         self, arguments: Any, *, outermost: bool, module: nn.Module | None = None
     ) -> None:
+        if self._watch.is_paused:  # a module of the data set's: a transformation
+            return
         if module is not None:  # FSDP2 has put whole weights in the place of shards
             for parameter in module.parameters(recurse=False):
                 self._book.claim(parameter, Role.PARAMETER, self._trace.name_of(module))

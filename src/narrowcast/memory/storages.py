@@ -68,7 +68,7 @@ _SPARSE_PARTS: dict[torch.layout, tuple[Callable[[Tensor], Tensor], ...]] = {
 class Holding:
     """One storage: its size now, its role as far as known, the module that it belongs to."""
 
-    __slots__ = ("bytes", "key", "module", "reference", "role", "run")
+    __slots__ = ("bytes", "key", "module", "parts", "reference", "role", "run")
 
     def __init__(self, key: int, size: int, role: str, module: str, run: int = 0) -> None:
         self.key = key
@@ -77,7 +77,13 @@ class Holding:
         self.module = module
         self.run = run
         """During which node of autograd's graph it was made, by a count of the nodes that ran."""
+        self.parts: list[tuple[int, int]] | None = None
+        """Where only this much of the storage counts: first byte, and the one after the last."""
         self.reference: weakref.ref[torch.UntypedStorage] | None = None
+
+    def counted(self, storage: torch.UntypedStorage) -> int:
+        """Return how many bytes of the storage count."""
+        return storage.nbytes() if self.parts is None else _covered(self.parts)
 
     def claim(self, role: str, module: str | None = None) -> None:
         """Take a role, and a module with it, unless a stronger one is already known."""
@@ -126,6 +132,23 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from tensors_in(getattr(value, field.name))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the first byte of its storage that a tensor covers, and the one after the last."""
+    first = int(tensor.storage_offset())
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = first + reach + 1 if tensor.numel() else first
+    return first * tensor.itemsize, last * tensor.itemsize
+
+
+def _covered(spans: list[tuple[int, int]]) -> int:
+    """Count the bytes in a union of spans."""
+    total, reached = 0, 0
+    for first, end in sorted(spans):
+        total += max(0, end - max(first, reached))
+        reached = max(reached, end)
+    return total
 
 
 class StorageBook:
@@ -179,6 +202,31 @@ class StorageBook:
         for storage in storages_of(tensor):
             self._see_storage(storage, role, module or "").claim(role, module)
 
+    def claim_part(self, tensor: Tensor, role: str, module: str) -> None:
+        """Do as `claim`, but count of a storage not seen before no more than the tensor covers.
+
+        What further tensors cover of the same storage is counted with it, once.
+        """
+        is_one = tensor.layout is torch.strided and not hasattr(tensor, "__tensor_flatten__")
+        if tensor.device == self.device and is_one:
+            storage = tensor.untyped_storage()
+            holding = self._live.get(storage._cdata)
+            if holding is None:
+                holding = self._enter(storage, role, module)
+                holding.parts = []
+            if holding.parts is not None:
+                holding.parts.append(_span(tensor))
+                if _covered(holding.parts) == storage.nbytes():
+                    holding.parts = None
+        self.claim(tensor, role, module)
+
+    def forget_parts(self) -> None:
+        """Count nothing of the storages that count in part, until something is claimed of them."""
+        for holding in self._live.values():
+            if holding.parts:
+                holding.parts = []
+                self._change(holding, 0)
+
     def close(self) -> None:
         """Stop following; what dies later is no longer noted."""
         self._open = False
@@ -202,7 +250,7 @@ class StorageBook:
             return
         holding = self._live.get(storage._cdata)
         if holding is not None:
-            self._change(holding, storage.nbytes())
+            self._change(holding, holding.counted(storage))
         elif storage.nbytes() and storage.device.type in (self.device.type, "meta"):
             self._read.pop(storage._cdata, None)
             self._see_storage(storage, Role.TEMPORARY, module)
@@ -224,15 +272,19 @@ class StorageBook:
         return found if found is not None and found.reference() is storage else None
 
     def _see_storage(self, storage: torch.UntypedStorage, role: str, module: str) -> Holding:
-        key = storage._cdata
-        holding = self._live.get(key)
-        size = storage.nbytes()
+        holding = self._live.get(storage._cdata)
         if holding is None:
-            holding = self._live[key] = Holding(key, 0, role, module, self.run)
-            # The reference lives in the holding; without it the callback would never come.
-            holding.reference = weakref.ref(storage, partial(self._gone, holding))
+            holding = self._enter(storage, role, module)
+        size = holding.counted(storage)
         if holding.bytes != size:
             self._change(holding, size)
+        return holding
+
+    def _enter(self, storage: torch.UntypedStorage, role: str, module: str) -> Holding:
+        key = storage._cdata
+        holding = self._live[key] = Holding(key, 0, role, module, self.run)
+        # The reference lives in the holding; without it the callback would never come.
+        holding.reference = weakref.ref(storage, partial(self._gone, holding))
         return holding
 
     def _change(self, holding: Holding, size: int) -> None:

@@ -43,6 +43,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.highest = 0
         """Most bytes that a mode sees, torch's MemTracker too, before `_see_sum` corrects them."""
         self.phase = FORWARD
+        self.is_paused = False
+        """Whether operations go by unseen; what dies meanwhile is noted."""
         self._quiet = False
         self._unpacked = False
         self._book = book
@@ -88,7 +90,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         self._book.settle()
         unpacked, self._unpacked = self._unpacked, False
-        if self._quiet or (unpacked and func is _aten.detach.default):
+        hidden = self.is_paused or self._quiet
+        if hidden or (unpacked and func is _aten.detach.default):
             return func(*args, **kwargs)
         module = self._locate()
         if func not in _BIRTHS:

@@ -84,7 +84,9 @@ def _target(optimizer: Optimizer) -> type[AdamW | SGD]:
     kind = type(optimizer)
     if kind not in targets:
         what = "is one of ours already" if isinstance(optimizer, NarrowOptimizer) else "has no rule"
-        raise UsageError(f"{kind.__name__} cannot be narrowed: it {what}", hint=_POSSIBLE)
+        is_torchs = kind.__module__.startswith("torch.")  # bitsandbytes has an AdamW as well
+        name = kind.__name__ if is_torchs else f"{kind.__module__}.{kind.__name__}"
+        raise UsageError(f"{name} cannot be narrowed: it {what}", hint=_POSSIBLE)
     return targets[kind]
 
 

@@ -9,13 +9,12 @@ another format are not worth it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from narrowcast.errors import UsageError
-from narrowcast.parallel.scattering import AddedInPlace
 
 # What torch has for this takes a second and 45 MB to import, which a process that is alone saves.
 if TYPE_CHECKING:
@@ -43,28 +42,27 @@ class _Call(nn.Module):
         return function(self.model, batch)
 
 
-def cut_in_units(
-    model: nn.Module, blocks: Collection[str], mesh: DeviceMesh, reduce: torch.dtype
-) -> Any:
-    """Put `fully_shard` on islands of another dtype, on blocks, and on the call round all."""
+def cut_in_units(model: nn.Module, blocks: Collection[str], mesh: DeviceMesh) -> Any:
+    """Put `fully_shard` on islands of another dtype, on blocks, and on the call round all.
+
+    It gathers, and leaves whole gradients where they are: see ``scattering``.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     root = _Call(model)
     usual = _usual_dtype(model)
     uncut = _uncut(model, usual)
     shared_out = {name: _shared_with_outside(model, name) for name in blocks}
-    policy = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 
     def shard(modules: list[nn.Module], ignored: set[nn.Parameter]) -> FSDPModule:
         units: list[FSDPModule] = fully_shard(
             modules, mesh=mesh, mp_policy=policy, ignored_params=ignored | uncut
         )
         unit = units[0]  # they have one state
-        # Added, not averaged, and by one operation that gloo has too.
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
-        if mesh.device_type == "cpu":
-            unit.set_custom_reduce_scatter(cast("Any", AddedInPlace()))
+        unit.set_requires_gradient_sync(requires_gradient_sync=False)
+        # Left alone it gathers the next block while this one computes: two blocks at the peak.
+        unit.set_modules_to_backward_prefetch([unit])
         return unit
 
     for island in _islands(model, usual, uncut):
@@ -131,8 +129,15 @@ def _shared_with_outside(model: nn.Module, block: str) -> set[nn.Parameter]:
 
 
 def require_shardable(model: nn.Module) -> None:
-    """Raise UsageError for parameters that `fully_shard` cannot cut."""
+    """Raise UsageError for parameters that `fully_shard` cannot cut, or no checkpoint can hold."""
     for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UsageError(
+                f"parameter {name} of shape {tuple(parameter.shape)} is {parameter.dtype}, and "
+                "fsdp2 trains real parameters",
+                hint="hold real and imaginary parts in a real one: torch.view_as_complex reads it "
+                "as complex; no checkpoint stores a complex one, of whatever kind of training",
+            )
         if not parameter.is_contiguous():
             raise UsageError(
                 f"parameter {name} of shape {tuple(parameter.shape)} is not contiguous, and fsdp2 "

@@ -98,6 +98,10 @@ class Meeting:
         """Turn what the block raises into what this rank is to say, and tell the other ranks."""
         try:
             yield
+        except KeyboardInterrupt as stop:
+            outlive_the_launcher()
+            self._leave_word(failure_of(stop, self.world.rank))
+            raise
         except Exception as error:
             outlive_the_launcher()
             accounted = self._account_for(error)

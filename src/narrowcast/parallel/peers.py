@@ -1,6 +1,6 @@
 """What one rank asks of the others during a training, and the same for a process that is alone.
 
-Few and small: whether any of them ..., what each of them has, the mean of a number. Gradients meet
+Few and small: whether any of them ..., what each of them has, means of numbers. Gradients meet
 in ``replicas``, or in `add_up` where backward cannot reduce them. Answers are the same, bit for
 bit, on every rank, so that all of them decide alike.
 """
@@ -45,8 +45,8 @@ class Alone:
     def gather(self, value: Value) -> list[Value]:
         return [value]
 
-    def mean(self, number: float) -> float:
-        return number
+    def means_and_any(self, numbers: Sequence[float], flag: bool) -> tuple[list[float], bool]:  # noqa: FBT001 -- a question
+        return list(numbers), flag
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Change nothing: the sum over one rank."""
@@ -94,9 +94,14 @@ class Ranks:
         dist.all_gather_object(found, value, group=self._control)
         return found
 
-    def mean(self, number: float) -> float:
-        """Return the mean over the ranks, summed in their order in fp64."""
-        return sum(each[0] for each in self.each([number])) / self.size
+    def means_and_any(self, numbers: Sequence[float], flag: bool) -> tuple[list[float], bool]:  # noqa: FBT001 -- a question
+        """Return the mean of each number over the ranks, and whether the flag is so on any.
+
+        In one message. A mean is summed in the order of the ranks, in fp64.
+        """
+        told = self.each([*numbers, float(flag)])
+        *sums, flags = (sum(of_ranks) for of_ranks in zip(*told, strict=True))
+        return [each / self.size for each in sums], flags > 0
 
     def each(self, numbers: Sequence[float]) -> list[list[float]]:
         """Return every rank's numbers, as fp64, in the order of the ranks."""
@@ -118,12 +123,17 @@ class Ranks:
                 tensor.copy_(part.view_as(tensor))
 
     def take_from_main(self, tensors: Sequence[Tensor]) -> None:
-        """Make each tensor what it is on rank 0, in any dtype: its bytes are sent."""
-        for tensor in tensors:
-            dense = tensor.detach().contiguous()
-            dist.broadcast(dense.reshape(-1).view(torch.uint8), 0)
-            if dense.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(dense)
+        """Make each tensor what it is on rank 0, in any dtype: their bytes are sent together."""
+        left = iter(tensors)
+        for bucket in _buckets([_bytes_of(tensor) for tensor in tensors]):
+            flat = torch.cat(bucket)
+            dist.broadcast(flat, 0)
+            parts = torch.split(flat, [own.numel() for own in bucket])
+            for own, sent in zip(bucket, parts, strict=True):
+                tensor = next(left)
+                if not self.is_main and own.numel():
+                    # A copy, since bytes can be read as another dtype from where that begins only.
+                    tensor.detach().copy_(sent.clone().view(tensor.dtype).view(tensor.shape))
 
     def failing_together(self) -> AbstractContextManager[None]:
         """Turn what the block raises into what this rank is to say of it."""
@@ -158,12 +168,17 @@ def joined(meeting: Meeting, kind: str, device: torch.device) -> Iterator[Ranks]
         dist.destroy_process_group()
 
 
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut a list into runs of one dtype and at most the size of a bucket."""
+    """Cut a list into runs of one dtype and device and at most the size of a bucket."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if bucket and (tensor.dtype is not bucket[0].dtype or size + tensor.nbytes > _BUCKET_BYTES):
+        is_like = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not is_like or size + tensor.nbytes > _BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,9 +31,25 @@ from narrowcast.errors import UsageError
 from narrowcast.parallel.buffers import SharedBuffers
 from narrowcast.parallel.peers import Ranks
 
-__all__ = ["LossFunction", "Replicas"]
+__all__ = ["LossFunction", "Passes", "Replicas"]
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+
+# DDP's own size of a bucket, given so that all have it: as it comes DDP sends 1 MiB apart, to begin
+# early. For gradients that fit in one bucket that is a second message, which costs more than it
+# saves (docs/distributed.md).
+_BUCKET_MB = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """What there is to know of the pass to come."""
+
+    begins: Callable[[], bool]
+    """Whether it is a step's first. Buffers are sent then, as after a checkpoint, from which all
+    ranks take rank 0's: a resumed run is exact."""
+    meets: Callable[[], bool]
+    """Whether gradients meet in its backward; 16-bit sums of several micro-batches may later."""
 
 
 class _Loss(nn.Module):
@@ -57,11 +74,11 @@ class Replicas:
         ranks: Ranks,
         *,
         reduce: torch.dtype,
-        meets: Callable[[], bool],
+        passes: Passes,
     ) -> None:
-        """`reduce` is the format of sums; `meets` says if the pass to come ends a step."""
+        """`reduce` is the format of sums."""
         _require_dense(model)
-        self._meets = meets
+        self._passes = passes
         self._buffers = SharedBuffers(model, ranks)
         self._loss = _Loss(model, compute_loss)
         self._reduce = reduce
@@ -94,6 +111,7 @@ class Replicas:
             init_sync=False,  # weights were compared: unequal ones are an error
             gradient_as_bucket_view=True,
             find_unused_parameters=True,
+            bucket_cap_mb=_BUCKET_MB,
         )
 
     def buckets(self) -> list[Tensor]:
@@ -102,9 +120,8 @@ class Replicas:
 
     def compute_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return this rank's loss; its backward pass adds up gradients if it ends a step."""
-        meets = self._meets()
-        self._ddp.require_backward_grad_sync = meets  # what DDP.no_sync() sets
-        if meets:
+        self._ddp.require_backward_grad_sync = self._passes.meets()  # what DDP.no_sync() sets
+        if self._passes.begins():
             self._buffers.share()
         loss: Tensor = self._ddp(batch)
         return loss

@@ -1,7 +1,7 @@
 """FSDP2: every rank holds a part of each weight, and has a block whole only while it computes.
 
 torch's `fully_shard` cuts each parameter along its first dimension, gathers a block's before the
-block runs, forward and backward, and adds up its gradients right after. ``cutting`` says where.
+block runs, forward and backward. ``cutting`` says where, ``scattering`` adds up gradients.
 
     module        p: DTensor over all ranks          what autograd, ledger and names know
     optimizer     p: this rank's rows, plain         the same memory, stepped as any tensor
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +26,8 @@ from narrowcast.errors import UsageError
 from narrowcast.parallel.buffers import SharedBuffers
 from narrowcast.parallel.cutting import OfModel, cut_in_units, require_shardable
 from narrowcast.parallel.peers import Ranks
-from narrowcast.parallel.replicas import LossFunction
+from narrowcast.parallel.replicas import LossFunction, Passes
+from narrowcast.parallel.scattering import Exchange
 
 # What torch has for this takes a second and 45 MB to import, which a process that is alone saves.
 if TYPE_CHECKING:
@@ -86,6 +88,10 @@ class Piece:
         return self.first * (self.shape.numel() // max(self.shape[0], 1))
 
 
+Slot = tuple[nn.Module, str, Piece]
+"""A place of a parameter: the module, the name there, and the piece."""
+
+
 class Shards:
     """A model of which every rank holds a part, and the loss whose gradients meet."""
 
@@ -97,12 +103,11 @@ class Shards:
         *,
         blocks: Collection[str],
         reduce: torch.dtype,
-        meets: Callable[[], bool],
+        passes: Passes,
     ) -> None:
         """`blocks` are gathered one at a time; `reduce` is the format of sums of gradients.
 
-        `meets` says if the pass to come ends a step. The parameters of the model become others:
-        see `pieces`.
+        The parameters of the model become others: see `pieces`.
         """
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -110,13 +115,14 @@ class Shards:
         self.ranks = ranks
         self.reduce = reduce
         """Format in which gradients are added up."""
-        self._meets = meets
+        self._passes = passes
         self._compute_loss = compute_loss
         self._buffers = SharedBuffers(model, ranks)
         device = next(model.parameters()).device
         self._mesh = init_device_mesh(device.type, (ranks.size,))
         before = dict(model.named_parameters())
-        self._root = cut_in_units(model, blocks, self._mesh, reduce)
+        self._root = cut_in_units(model, blocks, self._mesh)
+        self._exchange = Exchange(self._mesh.get_group(), device, reduce)
         self.pieces = tuple(self._pieces(model, before))
         by_id = {id(piece.shared): piece for piece in self.pieces}
         self.named = {
@@ -129,20 +135,36 @@ class Shards:
         """From the parameters that the model had to the parts that the optimizer is to have."""
         self.uncut = [(name, p) for name, p in model.named_parameters() if not is_shared(p)]
         """Parameters that every rank holds whole, by name."""
-        self._syncs = True
         self.order = 0.0
         """Stands for the order in which units have been called so far; equal on all ranks."""
         self._called: set[str] = set()
         self._called_before: set[str] = set()
         """Units that earlier micro-batches of the same step called."""
-        for number, unit in enumerate(self._units()):
+        self._heard: set[Tensor] = set()
+        """Parts whose gradients are heard of: a weight may be in several units."""
+        self._units = tuple(self._cut_units(by_id))
+        for number, (unit, slots) in enumerate(self._units):
             unit.register_forward_pre_hook(self._counting(number))
+            _at_first_call(unit, partial(self._listen, slots))
 
-    def _units(self) -> list[nn.Module]:
-        """Return the modules that are gathered one at a time."""
+    def _cut_units(self, pieces: dict[int, Piece]) -> Iterator[tuple[nn.Module, list[Slot]]]:
+        """Yield the modules that are gathered one at a time, and where their parameters are."""
         from torch.distributed.fsdp import FSDPModule
 
-        return [cast("nn.Module", m) for m in self._root.modules() if isinstance(m, FSDPModule)]
+        for module in cast("nn.Module", self._root).modules():
+            if isinstance(module, FSDPModule):
+                unit = cast("nn.Module", module)
+                yield unit, list(_slots(unit, pieces))
+
+    def _listen(self, slots: list[Slot]) -> None:
+        """Hear of the gradients of what has just been gathered: the same tensors ever after."""
+        for module, leaf, piece in slots:
+            whole = module._parameters[leaf]
+            if whole is not None and whole.requires_grad and piece.own not in self._heard:
+                self._heard.add(piece.own)
+                whole.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    partial(_hand_over, self._exchange, piece.own)
+                )
 
     def _counting(self, number: int) -> Callable[..., None]:
         names = {module: name for name, module in self._root.model.named_modules()}
@@ -162,10 +184,6 @@ class Shards:
                 cast("DTensor", parameter).to_local().detach(),
                 requires_grad=parameter.requires_grad,
             )
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    _handing_over_to(own)
-                )
             shape = before[name].shape
             first, _ = rows_of(shape[0], self.ranks.rank, self.ranks.size)
             yield Piece(
@@ -187,17 +205,24 @@ class Shards:
 
     def compute_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return this rank's loss; its backward pass adds up gradients if it ends a step."""
-        meets = self._meets()
-        if meets is not self._syncs:
-            self._root.set_requires_gradient_sync(meets)
-            self._syncs = meets
-        if meets:
+        meets = self._passes.meets()
+        if self._passes.begins():
             self._buffers.share()
         self._called.clear()
+        self._exchange.begin(meets=meets)
         loss: Tensor = self._root(self._compute_loss, batch)
+        if meets and loss.requires_grad:
+            loss.register_hook(self._end_with_backward)  # type: ignore[no-untyped-call]
         self._require_all_again(meets=meets)
         self._require_still_frozen()
         return loss
+
+    def _end_with_backward(self, _: Tensor) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(self._exchange.end)
+
+    def discard(self) -> None:
+        """Forget gradients that have not met."""
+        self._exchange.discard()
 
     def _require_still_frozen(self) -> None:
         """Raise UsageError for a parameter that was frozen when it was cut, and is not any more."""
@@ -257,10 +282,8 @@ class Shards:
 
         Costs the fp32 size of a block beside its own; those of the root as long as it computes.
         """
-        pieces = {id(piece.shared): piece for piece in self.pieces}
         handles = []
-        for unit in self._units():
-            slots = list(_slots(unit, pieces))
+        for unit, slots in self._units:
             if all(each.own.element_size() >= 4 for _, _, each in slots):
                 continue
             wide = _Wide(self, slots, master)
@@ -274,9 +297,6 @@ class Shards:
 
     def renew(self) -> None:
         """Nothing has to be done once an evaluation has ended; see ``Replicas.renew``."""
-
-
-Slot = tuple[nn.Module, str, Piece]
 
 
 class _Wide:
@@ -316,15 +336,17 @@ def _slots(unit: nn.Module, pieces: dict[int, Piece]) -> Iterator[Slot]:
         stack.extend(child for child in module.children() if not isinstance(child, FSDPModule))
 
 
-def _handing_over_to(own: nn.Parameter) -> Callable[[Tensor], None]:
-    """Return the hook that gives a gradient that has met to the optimizer's parameter."""
+def _at_first_call(unit: nn.Module, act: Callable[[], None]) -> None:
+    """Call something once, when a unit has been gathered for the first time."""
 
-    def hand_over(shared: Tensor) -> None:
-        gradient = cast("DTensor", shared.grad)._local_tensor
-        shared.grad = None
-        own.grad = gradient if own.grad is None else own.grad.add_(gradient)
-        # torch calls the hooks of parameters that autograd reaches, and this one it does not.
-        for hook in (own._post_accumulate_grad_hooks or {}).values():
-            hook(own)
+    def once(*_: object) -> None:
+        handle.remove()
+        act()
 
-    return hand_over
+    handle = unit.register_forward_pre_hook(once)
+
+
+def _hand_over(exchange: Exchange, own: nn.Parameter, whole: Tensor) -> None:
+    gradient, whole.grad = whole.grad, None
+    assert gradient is not None, "autograd has just put it there"
+    exchange.take(own, gradient)

@@ -64,10 +64,27 @@ _LEVERS = {
     "narrow_norm": (1, "lets norms read and write 16 bits; their statistics stay fp32"),
 }
 
+_SHARING = {
+    "ddp": "lets each rank hold the whole model and compute its part of a batch, and adds up the "
+    "gradients",
+    "fsdp2": "lets each rank hold its rows of each weight and state and compute its part of a "
+    "batch, and adds up the gradients",
+}
+_SPLIT_STATISTICS = 2
+"""How lossy batch norms are that see parts of a batch."""
 
-def effects_of(plan: Plan, *, batch_norm: bool) -> tuple[AxisEffect, ...]:
-    """Say what a plan changes, axis by axis; `batch_norm`: the model's statistics see the batch."""
-    return tuple(effect for effect, _ in _effects(plan, batch_norm=batch_norm))
+
+def effects_of(
+    plan: Plan, *, batch_norm: bool, parallel: str = "", world: int = 1
+) -> tuple[AxisEffect, ...]:
+    """Say what a plan changes, axis by axis; `batch_norm`: the model's statistics see the batch.
+
+    `parallel` is how `world` ranks share the training, if they do.
+    """
+    effects = [effect for effect, _ in _effects(plan, batch_norm=batch_norm)]
+    if parallel:
+        effects.append(_sharing(parallel, world, batch_norm=batch_norm)[0])
+    return tuple(effects)
 
 
 def is_exact(plan: Plan, *, batch_norm: bool) -> bool:
@@ -75,9 +92,10 @@ def is_exact(plan: Plan, *, batch_norm: bool) -> bool:
     return loss_of(plan, batch_norm=batch_norm) == 0
 
 
-def loss_of(plan: Plan, *, batch_norm: bool) -> int:
+def loss_of(plan: Plan, *, batch_norm: bool, parallel: str = "") -> int:
     """Return how lossy a plan is, for ranking alone: the sum over its choices; 0 is exact."""
-    return sum(loss for _, loss in _effects(plan, batch_norm=batch_norm))
+    own = sum(loss for _, loss in _effects(plan, batch_norm=batch_norm))
+    return own + (_sharing(parallel, 1, batch_norm=batch_norm)[1] if parallel else 0)
 
 
 def stores_loss_of(plan: Plan) -> int:
@@ -116,7 +134,15 @@ def _micro_batches(parts: int, *, batch_norm: bool) -> tuple[AxisEffect, int]:
     says = "sums the gradients of parts of the batch"
     if batch_norm:
         says += ", but batch norm sees the statistics of a part and not of the whole batch"
-    return _effect("micro-batches", str(parts), 2 if batch_norm else 0, says)
+    return _effect("micro-batches", str(parts), _SPLIT_STATISTICS if batch_norm else 0, says)
+
+
+def _sharing(parallel: str, world: int, *, batch_norm: bool) -> tuple[AxisEffect, int]:
+    says = _SHARING[parallel]
+    if batch_norm:
+        says += "; batch norm sees the statistics of a rank's part and not of the whole batch"
+    choice = f"{parallel} on {world} ranks"
+    return _effect("parallel", choice, _SPLIT_STATISTICS if batch_norm else 0, says)
 
 
 def _effect(axis: str, choice: str, loss: int, says: str) -> tuple[AxisEffect, int]:

@@ -14,10 +14,24 @@ from narrowcast.plan import Plan
 from narrowcast.records.plan import SpeedSource
 from narrowcast.units import format_bytes, format_duration
 
-__all__ = ["LEAST_NOISE", "Candidate", "choose", "frontier", "leagues", "worth_a_look"]
+__all__ = ["LEAST_NOISE", "Candidate", "Setup", "choose", "frontier", "leagues", "worth_a_look"]
 
 LEAST_NOISE = 0.05
 """Two medians of a few steps that differ by less say nothing, however still the machine was."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What there is to choose: a plan, and the way in which ranks share a training by it."""
+
+    plan: Plan
+    parallel: str = ""
+    """One of ``parallel.together.KINDS``; "" for a process that is alone."""
+
+    @property
+    def name(self) -> str:
+        """What the user is told: the plan's name, and on ranks the way to share."""
+        return f"{self.plan.name} by {self.parallel}" if self.parallel else self.plan.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +39,8 @@ class Candidate:
     """A plan with what is known of it."""
 
     plan: Plan
+    parallel: str = ""
+    """How ranks share the training; "" for a process that is alone."""
     bytes: int
     traced: bool
     seconds: float
@@ -32,11 +48,16 @@ class Candidate:
     loss: int
     """How lossy it is (``axes.loss_of``); 0 is exact."""
     levers: int
-    """How many axes it changes."""
+    """How many axes it changes; ddp is how ranks share anyway, and fsdp2 is one more."""
     stores_loss: int = 0
     """How lossy its stores alone are."""
     spread: float = 0.0
     measured_bytes: int | None = None
+
+    @property
+    def setup(self) -> Setup:
+        """What of it can be chosen."""
+        return Setup(self.plan, self.parallel)
 
     @property
     def need(self) -> int:
@@ -57,12 +78,14 @@ def _why(
     chosen: Candidate, fastest: Candidate, finalists: Sequence[Candidate], noise: float
 ) -> str:
     count = f"of {len(finalists)} that fit and were compared" if len(finalists) > 1 else "that fits"
+    if len(finalists) > 1 and chosen.speed == "roofline":  # see `leagues`
+        count += " (stores that round more than they must were not)"
     took = f"{format_duration(chosen.seconds)} a step ({chosen.speed})"
     if chosen is fastest:
         return f"the fastest {count}: {took}, {format_bytes(chosen.bytes)} at the peak"
     reason = "changes the result less" if chosen.loss < fastest.loss else "needs fewer changes"
     return (
-        f"as fast as the fastest {count} within the noise of {noise:.0%} ({fastest.plan.name}, "
+        f"as fast as the fastest {count} within the noise of {noise:.0%} ({fastest.setup.name}, "
         f"{format_duration(fastest.seconds)}), and {reason}: {took}, {format_bytes(chosen.bytes)} "
         "at the peak"
     )

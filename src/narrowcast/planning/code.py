@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
 
 from narrowcast import recipes
 from narrowcast.plan import OWN, Plan
@@ -17,15 +21,31 @@ from narrowcast.recipes.load import Recipe, option_values
 __all__ = ["code_of", "command_of"]
 
 _WIDTH = 88
+_FOR_RANKS = """\
+# Ranks that share a training are the command's: it exchanges gradients and decisions, and cuts
+# weights. There is no loop of one's own for it; run the command.
+"""
 
 
-def command_of(recipe: Recipe, overrides: Sequence[str] | None, file: str) -> str:
-    """Return the command that trains a recipe, with these options, by the plan in `file`."""
+def command_of(
+    recipe: Recipe,
+    overrides: Sequence[str] | None,
+    file: str,
+    *,
+    world: int = 1,
+    parallel: str = "",
+) -> str:
+    """Return the command that trains a recipe, with these options, by the plan in `file`.
+
+    `world` ranks that share the training in the way `parallel` are torchrun's to start.
+    """
     builtin = recipe.name in BUILTIN and recipe.path.parent == Path(recipes.__file__).parent
-    words = ["narrowcast", "train", recipe.name if builtin else str(recipe.path)]
+    ranks = ["torchrun", "--nproc-per-node", str(world), "-m"] if parallel else []
+    words = [*ranks, "narrowcast", "train", recipe.name if builtin else str(recipe.path)]
     for override in _changed(recipe) if overrides is None else overrides:
         words += ["--set", override]
-    return shlex.join([*words, "--plan", file])
+    words += ["--plan", file]
+    return shlex.join([*words, "--parallel", parallel] if parallel else words)
 
 
 def _changed(recipe: Recipe) -> list[str]:
@@ -38,8 +58,13 @@ def _changed(recipe: Recipe) -> list[str]:
     ]
 
 
-def code_of(plan: Plan, optimizer: str) -> str:
-    """Return Python that trains by the plan; `optimizer` is the class of ours, such as 'AdamW'."""
+def code_of(plan: Plan, optimizer: Optimizer, *, parallel: str = "") -> str:
+    """Return Python that trains by the plan; `optimizer` is the one that the plan steps with.
+
+    Ranks have a loop in the command only, and a comment says so.
+    """
+    if parallel:
+        return _FOR_RANKS
     names = ["ActivationRule", "Plan"] if plan.activations else ["Plan"]
     lines = [
         "import narrowcast",
@@ -55,12 +80,26 @@ def code_of(plan: Plan, optimizer: str) -> str:
     return "\n".join([*lines, *_loop(plan)]) + "\n"
 
 
-def _optimizer_lines(plan: Plan, optimizer: str) -> list[str]:
+def _optimizer_lines(plan: Plan, optimizer: Optimizer) -> list[str]:
     if plan.weights == OWN:
         return ["# optimizer: yours, as it is"]
-    arguments = ["model.parameters()", "lr=1e-3"]
+    groups = len(optimizer.param_groups)
+    said = f"# The recipe has {groups} groups of parameters: give them as there. This is the first."
+    arguments = ["model.parameters()", *_settings(optimizer)]
     arguments += [f"weights={plan.weights!r}", f"states={plan.states!r}"]
-    return _fitted(f"optimizer = narrowcast.{optimizer}", arguments)
+    call = _fitted(f"optimizer = narrowcast.{type(optimizer).__name__}", arguments)
+    return [said, *call] if groups > 1 else call
+
+
+def _settings(optimizer: Optimizer) -> Iterator[str]:
+    """Yield the learning rate, and what else is not as the class has it by itself."""
+    group = optimizer.param_groups[0]
+    for name, parameter in inspect.signature(type(optimizer)).parameters.items():
+        is_setting = name in group and name not in ("params", "weights", "states")
+        if is_setting and (name == "lr" or group[name] != parameter.default):
+            # A learning rate in a tensor has no contents here, as nothing has.
+            value = "..." if isinstance(group[name], Tensor) else _literal(group[name])
+            yield f"{name}={value}"
 
 
 def _loop(plan: Plan) -> list[str]:

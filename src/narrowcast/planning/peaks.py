@@ -8,12 +8,13 @@ the peak with any stores:
                the optimizer's step)
 
 A batch in many parts is traced as two parts of that size, since all but the first are alike; of the
-inputs the whole batch is counted. Sparse gradients grow with every part: there all are traced.
+inputs the whole batch is counted. Under DDP the last one, in which gradients meet, is not like
+those before it, and three parts are traced. Sparse gradients grow with every part: there all are.
 
 What the step itself needs beside them is at most fourteen ranges of its tensors (``optim.step``).
 Where that bound does not stay below the other phases, the step of these stores is traced, once.
-For GPUs, whose allocator rounds, and where gradients are released in the midst of backward, each
-plan is traced for itself.
+For GPUs, whose allocator rounds, for ranks, whose gradients meet in buffers, and where gradients
+are released in the midst of backward, each plan is traced for itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from narrowcast.data import batch_len, split_batch
@@ -35,6 +36,7 @@ from narrowcast.optim.narrow import NarrowOptimizer
 from narrowcast.optim.states import fitted, state_store
 from narrowcast.optim.step import CHUNK
 from narrowcast.optim.weights import weight_store
+from narrowcast.parallel.shards import rows_of
 from narrowcast.plan import OWN, Plan
 from narrowcast.planning.axes import anonymous, short
 from narrowcast.prediction.predict import predict_memory
@@ -73,12 +75,26 @@ class _Phases:
 
 
 class Peaks:
-    """Predicts for one recipe and device; every trace is made once."""
+    """Predicts for one recipe, device and way to share; every trace is made once."""
 
     def __init__(
-        self, recipe: Recipe, target: str, batch: Any, *, say: Callable[[str], None]
+        self,
+        recipe: Recipe,
+        target: str,
+        batch: Any,
+        *,
+        say: Callable[[str], None],
+        world: int = 1,
+        parallel: str = "",
     ) -> None:
-        self.batch_size = batch_len(batch)
+        """`batch` is what a process has of each batch: where `world` ranks share, its part."""
+        self.share = batch_len(batch)
+        """How many samples of a step one process computes."""
+        self.batch_size = self.share * world
+        self._world = world
+        self._parallel = parallel
+        self._shown = 3 if parallel == "ddp" else 2
+        """As how many parts a batch in more of them is traced."""
         self._batch_bytes = sum(tensor.nbytes for tensor in tensors_in(batch))
         self._batch = batch
         self._recipe = recipe
@@ -103,7 +119,8 @@ class Peaks:
 
     def need(self, plan: Plan) -> Need:
         """Return the predicted peak of a plan; for a GPU what is reserved, and the margin."""
-        if self._target != "cpu" or plan.gradients == "release" or plan.weights == OWN:
+        is_traced = self._target != "cpu" or self._parallel
+        if is_traced or plan.gradients == "release" or plan.weights == OWN:
             return Need(self._required(plan), traced=True)
         held, phases = self.bytes_held(plan), self._phases_of(plan)
         least = max(phases.computing, phases.stepping) + held
@@ -171,27 +188,49 @@ class Peaks:
 
     def _traced(self, plan: Plan) -> MemoryRecord:
         shown, size = plan, None
-        if plan.micro_batches > 2 and not self._sparse:
-            shown = replace(plan, micro_batches=2)
-            size = 2 * (self.batch_size // plan.micro_batches)
+        if plan.micro_batches > self._shown and not self._sparse:
+            shown = replace(plan, micro_batches=self._shown)
+            size = self._shown * (self.share // plan.micro_batches) * self._world
         return predict_memory(
-            self._recipe, shown, device=self._target, batch_size=size, break_even=False
+            self._recipe,
+            shown,
+            device=self._target,
+            batch_size=size,
+            world=self._world if self._parallel else None,
+            parallel=self._parallel or None,
+            break_even=False,
         )
+
+    def sent_bytes(self, plan: Plan, parts: tuple[int, ...]) -> int:
+        """Return what a rank sends a step: activations, loss and stores change nothing of it.
+
+        Weights are gathered for each part of a batch, and gradients meet with the last; where there
+        are several, sums are sent in place of gradients. `parts` are as in `guess`.
+        """
+        plain = replace(
+            plan, weights=OWN, states=OWN, gradients="keep", activations=(), loss="whole"
+        )
+        most = parts[-1] if plan.micro_batches > 1 else 1
+        sent = dict(self._record(replace(plain, micro_batches=most)).sent_bytes)
+        gathered = sent.pop("all_gather", 0) * plan.micro_batches // min(most, self._shown)
+        return gathered + sum(sent.values())
 
     def _left_out(self, plan: Plan) -> int:
         """Return the bytes of the parts that a trace left out: inputs, and one loss each."""
         parts = plan.micro_batches
+        return self._inputs_left_out(parts) + self._losses_left_out(parts)
+
+    def _inputs_left_out(self, parts: int) -> int:
         if self._sparse:
             return 0
-        inputs = round(self._batch_bytes * (1 - min(2 / parts, 1)))
-        return inputs + self._losses_left_out(parts)
+        return round(self._batch_bytes * (1 - min(self._shown / parts, 1)))
 
     def _losses_left_out(self, parts: int) -> int:
-        if parts <= 2 or self._sparse:
+        if parts <= self._shown or self._sparse:
             return 0
         if parts not in self._losses:
             self._losses[parts] = self._loss_bytes(parts)
-        return self._losses[parts] * (parts - 2)
+        return self._losses[parts] * (parts - self._shown)
 
     def _loss_bytes(self, parts: int) -> int:
         """Return what the loss of a part holds until the step: more than a number on a CPU.
@@ -208,12 +247,18 @@ class Peaks:
         """Return the peak of the update of these stores: the same whatever was computed before."""
         key = self._stores(plan)
         if key not in self._steps:
-            parts = min(plan.micro_batches, 2)
+            parts = 1 if plan.micro_batches == 1 else self._fewest
             plain = replace(plan, activations=(), loss="whole", micro_batches=parts)
-            found = _phases_in(self._record(plain), largest_gradient=0, unseen=0)
+            unseen = self._inputs_left_out(parts)
+            found = _phases_in(self._record(plain), largest_gradient=0, unseen=unseen)
             self._steps[key] = found.stepping
         losses = self._losses_left_out(plan.micro_batches)
         return self._steps[key] + self.bytes_held(plan) + losses
+
+    @cached_property
+    def _fewest(self) -> int:
+        """Into how few parts a batch can be cut, if it is cut."""
+        return next(n for n in range(2, self.share + 1) if self.share % n == 0)
 
     def _alike(self, plan: Plan) -> int:
         """Return what an update needs beside what it holds, with other weights if that is known.
@@ -242,20 +287,30 @@ class Peaks:
             self._held[key] = self._held_by_stores(plan)
         return self._held[key]
 
-    def rule(self, plan: Plan) -> str:
-        """Return the name of the class of optimizer that the plan steps with."""
-        return type(self._optimizer(plan)).__name__
-
-    def _optimizer(self, plan: Plan) -> Optimizer:
+    def optimizer(self, plan: Plan) -> Optimizer:
+        """Return the optimizer that the plan steps with, of tensors without contents."""
         stage = Stage()
         model = model_without_contents(self._recipe, stage)
         with stage:
             return planned_optimizer(self._recipe.build_optimizer(model), model, plan)
 
     def _held_by_stores(self, plan: Plan) -> int:
-        optimizer = self._optimizer(plan)
+        optimizer = self.optimizer(plan)
         assert isinstance(optimizer, NarrowOptimizer)
-        return sum(_held_by(optimizer, group) for group in optimizer.param_groups)
+        return sum(_held_by(optimizer, group, self._own) for group in optimizer.param_groups)
+
+    def _own(self, parameter: Tensor) -> int:
+        """Return how many elements of a parameter this process holds, of ranks the first one."""
+        if self._parallel != "fsdp2" or parameter.numel() == 0 or parameter.dim() == 0:
+            return parameter.numel()
+        _, rows = rows_of(parameter.shape[0], 0, self._world)
+        return rows * (parameter.numel() // parameter.shape[0])
+
+    @cached_property
+    def elements(self) -> int:
+        """How many numbers of the weights this process updates."""
+        model = model_without_contents(self._recipe, Stage())
+        return sum(map(self._own, model.parameters()))
 
     @cached_property
     def _sparse(self) -> bool:
@@ -273,14 +328,16 @@ class Peaks:
         return self._largest * (2 if plan.policy.param != "fp32" else 4)
 
 
-def _held_by(optimizer: NarrowOptimizer, group: dict[str, Any]) -> int:
+def _held_by(
+    optimizer: NarrowOptimizer, group: dict[str, Any], own: Callable[[Tensor], int]
+) -> int:
     weights, states = weight_store(group["weights"]), state_store(group["states"])
     moments = optimizer.rule.moments(group)
     total = 0
     for parameter in group["params"]:
-        count = parameter.numel()
-        total += weights.nbytes(count) - count * weights.dtype.itemsize
-        total += sum(fitted(states, count).nbytes(count, moment) for moment in moments)
+        count, held = parameter.numel(), own(parameter)  # the whole decides the store
+        total += weights.nbytes(held) - held * weights.dtype.itemsize
+        total += sum(fitted(states, count).nbytes(held, moment) for moment in moments)
     return total
 
 

@@ -26,6 +26,12 @@ class Place:
     def name(self) -> str:
         return self.target if self.device is None else str(self.device)
 
+    @property
+    def usable_bytes(self) -> int | None:
+        """What a training can have of a GPU's memory; None for a CPU."""
+        gpu = gpu_known_as(self.target)
+        return None if gpu is None else gpu.usable_bytes
+
 
 def place_named(name: str | None) -> Place:
     """Return the device of this name: cpu, cuda, a GPU by its model, or the best one at hand.

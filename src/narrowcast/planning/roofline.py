@@ -4,8 +4,10 @@
                                           launch * micro-batches)
               + (bytes that the update reads and writes) / bandwidth
 
-(Williams, Waterman and Patterson 2009.) The step is traced on tensors that have sizes and no
-contents. A roofline is a bound and not a forecast: it ranks plans, and says so in the record.
+(Williams, Waterman and Patterson 2009.) On several ranks it is that of a rank's part of the batch,
+or the time in which its link could pass on what it sends, whichever is longer: both go on at once.
+The step is traced on tensors that have sizes and no contents. A roofline is a bound and not a
+forecast: it ranks plans, and says so in the record.
 """
 
 from __future__ import annotations
@@ -57,7 +59,6 @@ class Roofline:
         batch: Any,
         *,
         data: MapDataset,
-        held: Callable[[Plan], int],
         say: Callable[[str], None],
     ) -> None:
         self._recipe = recipe
@@ -65,13 +66,15 @@ class Roofline:
         self._rates = RATES[target]
         self._batch = batch
         self._data = data
-        self._held = held
         self._say = say
         self._works: dict[Plan, list[Work]] = {}
-        self._elements = 0
 
-    def of(self, plan: Plan) -> float:
-        """Return a bound on the seconds of a step."""
+    def of(self, plan: Plan, *, elements: int, held_bytes: int, sent_bytes: int = 0) -> float:
+        """Return a bound on the seconds of a step.
+
+        `elements` is how many numbers of the weights a process updates, `held_bytes` what its
+        optimizer holds beside them, `sent_bytes` what it sends as one of several ranks.
+        """
         alone = replace(plan, weights=OWN, states=OWN, gradients="keep", micro_batches=1)
         bare = anonymous(self._target.traced(alone))
         if bare not in self._works:
@@ -79,24 +82,23 @@ class Roofline:
             self._works[bare] = self._computing(bare)
         launch = _LAUNCH_S * plan.micro_batches
         seconds = sum(max(self._bound(plan, work), launch) for work in self._works[bare])
-        return seconds + self._update(plan)
+        seconds += self._update(plan, elements, held_bytes)
+        return max(seconds, sent_bytes / self._rates.link_bytes_per_s)
 
     def _bound(self, plan: Plan, work: Work) -> float:
         is_tf32 = work.format == "fp32" and plan.policy.compute == "tf32"
         rate = self._rates.flops_in("tf32" if is_tf32 else work.format)
         return max(work.flops / rate, work.bytes / self._rates.bytes_per_s)
 
-    def _update(self, plan: Plan) -> float:
+    def _update(self, plan: Plan, elements: int, held_bytes: int) -> float:
         """Return the seconds in which the update could read and write what it has to."""
-        itemsize = 2 if plan.policy.param == "bf16" else 4
-        weights = self._elements * itemsize
-        return (2 * (weights + self._held(plan)) + weights) / self._rates.bytes_per_s
+        weights = elements * (2 if plan.policy.param == "bf16" else 4)
+        return (2 * (weights + held_bytes) + weights) / self._rates.bytes_per_s
 
     def _computing(self, plan: Plan) -> list[Work]:
         """Count forward and backward of the whole batch."""
         stage = self._target.stage()
         model = model_without_contents(self._recipe, stage)
-        self._elements = sum(p.numel() for p in model.parameters())
         with stage:
             bench = Bench.of(
                 self._recipe, plan, _CPU, data=self._data, batch=stage.fake(self._batch),

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -33,7 +34,9 @@ from narrowcast.precision.cast import numeric_settings
 from narrowcast.profiling import Bench
 from narrowcast.recipes.load import Recipe
 
-__all__ = ["Measured", "Speeds", "StepTimes"]
+__all__ = ["Measured", "Speeds", "StepTimes", "in_turn", "peak_of", "summary"]
+
+Key = TypeVar("Key")
 
 _MOST = 9
 """Steps of a short measurement, beside one to warm up; a single one where that is a slow one."""
@@ -66,12 +69,15 @@ class StepTimes:
         batch: Any,
         *,
         say: Callable[[str], None],
+        threads: int | None = None,
     ) -> None:
+        """`threads` are torch's while steps are taken; None: as many as there are."""
         self._recipe = recipe
         self._device = device
         self._data = data
         self._batch = batch
         self._say = say
+        self._threads = threads
 
     def of_step(self, plan: Plan) -> float:
         """Return the median of a few whole steps."""
@@ -102,21 +108,19 @@ class StepTimes:
         return found
 
     def _in_turn(self, plans: list[Plan]) -> dict[Plan, Measured]:
-        benches: dict[Plan, Bench] = {}
+        steps: dict[Plan, Callable[[], float]] = {}
         peaks: dict[Plan, int] = {}
         for plan in plans:
             self._say(f"measuring {short(plan)}")
             with self._undisturbed(plan):
-                benches[plan] = self._bench(plan)
-                peaks[plan] = _peak(benches[plan].steady_step(warm_up=1))
-        times: dict[Plan, list[float]] = {plan: [] for plan in plans}
-        for done in range(_MOST_ROUNDS):
-            if done >= _ROUNDS and all(sum(taken) >= _FINAL_S for taken in times.values()):
-                break
-            for plan in plans if done % 2 else reversed(plans):
-                with self._undisturbed(plan):
-                    times[plan].append(_seconds(benches[plan].step, self._device))
-        return {plan: _summary(times[plan], peaks[plan]) for plan in plans}
+                bench = self._bench(plan)
+                peaks[plan] = peak_of(bench.steady_step(warm_up=1))
+                steps[plan] = partial(self._seconds_of, plan, bench)
+        return {plan: summary(taken, peaks[plan]) for plan, taken in in_turn(steps).items()}
+
+    def _seconds_of(self, plan: Plan, bench: Bench) -> float:
+        with self._undisturbed(plan):
+            return _seconds(bench.step, self._device)
 
     def _bench(self, plan: Plan) -> Bench:
         return Bench.of(self._recipe, plan, self._device, data=self._data, batch=self._batch)
@@ -135,7 +139,8 @@ class StepTimes:
     def _undisturbed(self, plan: Plan) -> Iterator[None]:
         """Leave random states as they were, and compute as the plan's policy wants it."""
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), numeric_settings(plan.policy):
+        threads = nullcontext() if self._threads is None else _threads(self._threads)
+        with torch.random.fork_rng(devices=devices), numeric_settings(plan.policy), threads:
             torch.manual_seed(0)
             yield
 
@@ -195,6 +200,16 @@ class Speeds:
         return self._updates[key]
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _repeated(run: Callable[[], object], device: torch.device) -> list[float]:
     _seconds(run, device)  # the first makes the optimizer's state and chooses kernels
     taken = [_seconds(run, device)]
@@ -219,7 +234,22 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return min(time.perf_counter() - start, time.process_time() - worked)
 
 
-def _summary(times: list[float], peak_bytes: int) -> Measured:
+def in_turn(steps: Mapping[Key, Callable[[], float]]) -> dict[Key, list[float]]:
+    """Take steps of several in turn, forwards and backwards; each call returns a step's seconds.
+
+    When to end is decided by the seconds alone: ranks that know the same ones take as many steps.
+    """
+    times: dict[Key, list[float]] = {key: [] for key in steps}
+    for done in range(_MOST_ROUNDS):
+        if done >= _ROUNDS and all(sum(taken) >= _FINAL_S for taken in times.values()):
+            break
+        for key in steps if done % 2 else reversed(list(steps)):
+            times[key].append(steps[key]())
+    return times
+
+
+def summary(times: list[float], peak_bytes: int) -> Measured:
+    """Return the median of a plan's steps and what they spread by."""
     low, middle, high = statistics.quantiles(times, n=4)
     return Measured(
         seconds=middle,
@@ -229,6 +259,7 @@ def _summary(times: list[float], peak_bytes: int) -> Measured:
     )
 
 
-def _peak(ledger: MemoryLedger) -> int:
+def peak_of(ledger: MemoryLedger) -> int:
+    """Return the peak that a ledger saw; on a GPU what its allocator reserved."""
     record = ledger.record()
     return record.total_peak_bytes if record.reserved_bytes is None else record.reserved_bytes

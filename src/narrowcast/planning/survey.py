@@ -34,7 +34,7 @@ def survey(
             recipe,
             model,
             policies,
-            batch_size=peaks.batch_size,
+            batch_size=peaks.share,
             keep_batch=keep_batch,
             release=release,
             offload=offload,

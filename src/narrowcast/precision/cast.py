@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
@@ -37,6 +37,7 @@ __all__ = [
     "prepare_model",
     "settings_hold",
     "torch_dtype",
+    "weights_became",
 ]
 
 _DTYPES = {
@@ -175,7 +176,7 @@ def prepare_model(model: nn.Module, policy: Policy, device: torch.device | str) 
     left, and outputs of fp32 islands back to the compute format.
 
     Buffers of fp64 stay so where the policy stores fp32, as they do in a plain loop; 16-bit formats
-    narrow them, which the notes that are returned say.
+    narrow them. Returns notes on what was cast.
 
     A second call replaces the first one's effect. Raises UsageError for a pattern that matches no
     module, for a weight shared between an island and a 16-bit module, and for fp64 weights.
@@ -301,25 +302,31 @@ def _cast_weights(model: nn.Module, kept: list[nn.Module], dtype: torch.dtype) -
                     "two modules is kept in fp32",
                     hint="keep both modules in fp32, or neither",
                 )
-    narrowed = []
+    cast: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
     for name, tensor, wanted in targets.values():
-        if tensor.dtype is torch.float64:
-            if wanted is torch.float32:
-                continue
-            narrowed.append(name.removeprefix("."))
-        _set_dtype(tensor, wanted)
-    if not narrowed:
-        return ()
-    return (f"fp64 buffers became {format_name(dtype)}: {', '.join(narrowed)}",)
+        before = tensor.dtype
+        if before != wanted and not (before is torch.float64 and wanted is torch.float32):
+            cast.setdefault((before, wanted), []).append(name.removeprefix("."))
+            gradient, tensor.grad = tensor.grad, None
+            tensor.data = tensor.data.to(wanted)
+            if gradient is not None:
+                tensor.grad = gradient.to(wanted)
+    return tuple(_said_of(cast))
 
 
-def _set_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype == dtype:
-        return
-    gradient, tensor.grad = tensor.grad, None
-    tensor.data = tensor.data.to(dtype)
-    if gradient is not None:
-        tensor.grad = gradient.to(dtype)
+def _said_of(cast: Mapping[tuple[torch.dtype, torch.dtype], list[str]]) -> Iterator[str]:
+    """Say which weights and buffers took another format: fp64 ones by name, as they lose most."""
+    for (before, after), names in cast.items():
+        if before is torch.float64:
+            yield f"fp64 buffers became {format_name(after)}: {', '.join(names)}"
+        else:
+            named = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            yield f"{weights_became(format_name(before), format_name(after))}: {named}"
+
+
+def weights_became(before: str, after: str) -> str:
+    """Return how a note on weights and buffers that were cast begins."""
+    return f"{before} weights became {after}"
 
 
 # Where "fp32" may silently mean less: (backend, operation) of torch's own switches. cuDNN's

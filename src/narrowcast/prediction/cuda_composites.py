@@ -2,18 +2,20 @@
 
 A composite operation is torch code that calls others; autograd sees only those. Where it asks for
 the device (dropout, attention, softmax of fp16, rms_norm), a kernel of ours for the key
-``AutogradCPU`` answers as CUDA's branch does, for as long as the context is open.
+``AutogradCPU`` answers as CUDA's branch does, for as long as the context is open. Recurrent layers
+go to cuDNN there, which tells nobody how much it keeps for backward: they are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from narrowcast.errors import RecipeError
 from narrowcast.prediction.cuda_attention import Attention, choose_backend
 from narrowcast.prediction.gpus import Gpu
 
@@ -22,6 +24,8 @@ __all__ = ["composites_of_cuda"]
 _aten = torch.ops.aten
 # attention.cpp, pad_bias<8>.
 _MASK_ALIGNMENT = 8
+# RNN.cpp: each with a tensor for every sequence, and with packed sequences.
+_RECURRENT = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 
 
 def _as_composed(op: Any, *args: Any) -> Any:
@@ -150,6 +154,20 @@ def _attention(gpu: Gpu, *, cudnn_version: int) -> Callable[..., Tensor]:
     return kernel
 
 
+def _refused(layer: str, gpu: Gpu) -> Callable[..., NoReturn]:
+    """Build what stands for a recurrent layer, whose reserve only a run could tell."""
+
+    def kernel(*_: Any) -> NoReturn:
+        raise RecipeError(
+            f"a recurrent layer (nn.{layer}) is not predicted for {gpu.title}: what cuDNN keeps of "
+            "it for backward was never measured",
+            hint="predict it for the CPU (--device cpu), or on the GPU measure it with `narrowcast "
+            "memory --device cuda`",
+        )
+
+    return kernel
+
+
 @contextmanager
 def composites_of_cuda(gpu: Gpu, *, cudnn_version: int) -> Iterator[None]:
     """Override the composite operations that decide by device while open."""
@@ -160,6 +178,11 @@ def composites_of_cuda(gpu: Gpu, *, cudnn_version: int) -> Iterator[None]:
         "log_softmax.int": _of_half(_aten.log_softmax.int, _aten._log_softmax),
         "rms_norm": _rms_norm,
         "scaled_dot_product_attention": _attention(gpu, cudnn_version=cudnn_version),
+        **{
+            f"{name}.{overload}": _refused(layer, gpu)
+            for name, layer in _RECURRENT.items()
+            for overload in ("input", "data")
+        },
     }
     for name, kernel in kernels.items():
         library.impl(name, kernel)  # type: ignore[no-untyped-call]

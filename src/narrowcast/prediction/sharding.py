@@ -29,10 +29,10 @@ from narrowcast.engine.ranks import share
 from narrowcast.errors import UnknownName, UsageError
 from narrowcast.memory.modules import in_backward
 from narrowcast.optim import narrow
+from narrowcast.parallel import scattering
 from narrowcast.parallel.meeting import Meeting
 from narrowcast.parallel.peers import ALONE, Peers, Ranks
 from narrowcast.parallel.replicas import Replicas
-from narrowcast.parallel.scattering import AddedInPlace
 from narrowcast.parallel.together import KINDS
 from narrowcast.parallel.world import World
 from narrowcast.prediction.fakes import replaced
@@ -206,16 +206,13 @@ def _collectives(moved: Counter[str]) -> Iterator[None]:
         assert not async_op, "fully_shard orders its gathering by streams"
         moved["all_gather"] += output_tensor.nbytes
 
-    def reduce_scatter(
-        _: Any, output_tensor: Tensor, input_tensor: Tensor, *__: Any, **___: Any
-    ) -> None:
-        moved["reduce_scatter"] += input_tensor.nbytes
-        output_tensor.copy_(input_tensor[: output_tensor.numel()])
+    def deliver(_: Tensor, given: Tensor, *__: Any) -> None:
+        moved["all_to_all"] += given.nbytes
 
     gathering = {name: all_gather for name in _ALL_GATHERS if hasattr(dist, name)}
     with (
         replaced(dist.ProcessGroup, allreduce=all_reduce),
         replaced(dist, **gathering),
-        replaced(AddedInPlace, __call__=reduce_scatter),
+        replaced(scattering, deliver=deliver, require_same_size=lambda *_: None),
     ):
         yield

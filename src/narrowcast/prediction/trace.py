@@ -53,6 +53,12 @@ _WITHOUT_VALUES = (
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
+# What torch says of its fake tensors where code leaves torch: NumPy, storages, format strings.
+_OF_FAKES = ("tensor subclass", "FakeTensor", "'meta' device")
+_AS_IN_A_RUN = (
+    "a training should fail alike: `narrowcast memory` takes the step on real tensors and tells "
+    "whether it does"
+)
 
 
 class Stage:
@@ -208,7 +214,10 @@ class Explained(RecipeError):
 
 @contextmanager
 def explaining(name: str, path: Path | None = None) -> Iterator[None]:
-    """Turn what cannot be traced into one error that names the operation and the user's line."""
+    """Turn what the user's code raises into one error with the user's line.
+
+    Where the cause is that tensors have no values, it says so; all else is told as a run tells it.
+    """
     try:
         yield
     except Explained:
@@ -217,15 +226,25 @@ def explaining(name: str, path: Path | None = None) -> Iterator[None]:
         cause = error.__cause__
         if cause is None:  # what a part returned was wrong, with values or without
             raise
-        raise _untraceable(name, path, cause) from cause
+        if _is_for_want_of_values(cause):
+            raise _untraceable(name, path, cause) from cause
+        raise Explained(error.message, hint=error.hint or _AS_IN_A_RUN) from cause
     except NarrowcastError:
         raise
     except Exception as error:
         # The optimizer's step and backward are not called through the recipe; what has nothing to
         # do with either is a mistake of ours.
-        if not isinstance(error, _WITHOUT_VALUES) and not user_traceback(error, path):
+        lines = user_traceback(error, path)
+        if not isinstance(error, _WITHOUT_VALUES) and not lines:
             raise
-        raise _untraceable(name, path, error) from error
+        if _is_for_want_of_values(error):
+            raise _untraceable(name, path, error) from error
+        raised = f"{name}: a training step raised {type(error).__name__}: {error}"
+        raise Explained(f"{raised}\n{lines}", hint=_AS_IN_A_RUN) from error
+
+
+def _is_for_want_of_values(error: BaseException) -> bool:
+    return isinstance(error, _WITHOUT_VALUES) or any(words in str(error) for words in _OF_FAKES)
 
 
 def _untraceable(name: str, path: Path | None, error: BaseException) -> Explained:

@@ -6,6 +6,7 @@ return, and not three layers further down.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,9 +159,8 @@ class Recipe:
             with self._running(f"AdamW(lr={self._lr:g}, fused=True)"):
                 return torch.optim.AdamW(trained, lr=self._lr, fused=True)
         with self._running("optimizer(model, options)"):
-            optimizer = self.module.optimizer(model, self.options)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise self._wrong("optimizer(model, options)", "a torch.optim.Optimizer", optimizer)
+            optimizer: torch.optim.Optimizer = self.module.optimizer(model, self.options)
+        self._check_optimizer(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in trained):
             raise RecipeError(
@@ -168,6 +168,25 @@ class Recipe:
                 hint="give it the parameters of the model that it is called with",
             )
         return optimizer
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            expected = "a torch.optim.Optimizer"
+            if isinstance(optimizer, (tuple, list, dict)):
+                expected += (
+                    ", one: a GAN, or what else has several, needs a loop of its own with "
+                    "narrowcast.Engine, which takes a mapping of them"
+                )
+            raise self._wrong("optimizer(model, options)", expected, optimizer)
+        try:
+            inspect.signature(type(optimizer).step).bind(optimizer)
+        except TypeError as error:
+            raise RecipeError(
+                f"{self.path.name}: {type(optimizer).__name__}.step() is not complete without "
+                f"arguments ({error}), and a training calls it once a batch with none",
+                hint="return an optimizer whose step() takes nothing, such as AdamW or SGD; one "
+                "that calls the model itself, as LBFGS does, needs a loop without narrowcast",
+            ) from None
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
         """Make the recipe's learning-rate scheduler for a run of `steps`; None if it has none."""

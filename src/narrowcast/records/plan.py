@@ -27,7 +27,8 @@ class PlanPoint:
     exact: bool
     """Whether each choice in it computes what fp32 training computes, but for the order of sums."""
     predicted_bytes: int
-    """The peak of a step; for a GPU what its allocator reserves, and the margin."""
+    """The peak of a step, on ranks of one of them; for a GPU what its allocator reserves, and the
+    margin."""
     traced: bool
     """Whether this very plan was predicted; else its peak is put together from those of others."""
     seconds: float
@@ -36,7 +37,9 @@ class PlanPoint:
     spread: float = 0.0
     """Half the distance between the quartiles of the measured steps, as a share of the median."""
     measured_bytes: int | None = None
-    """The peak of a step that was really taken, where one was."""
+    """The peak of a step that was really taken, where one was; of ranks, the largest."""
+    parallel: str = ""
+    """How ranks share the training, ``ddp`` or ``fsdp2``; "" in one process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,11 @@ class PlanRecord:
     recipe: str
     options: dict[str, OptionValue] = field(default_factory=dict)
     batch_size: int
+    """Of all ranks together."""
+    world: int = 1
+    """How many ranks share the training."""
     budget_bytes: int
+    """Of each process."""
     margin_bytes: int = 0
     """Of the budget, what is left free because a GPU's peak is predicted within a margin."""
     keep_batch: bool = False

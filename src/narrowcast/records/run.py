@@ -126,6 +126,8 @@ class RunRecord:
     """What was changed in the initial weights of a control run, in words."""
     status: Status = "running"
     failure: str = ""
+    failure_hint: str = ""
+    """What to do about it, if the error said so."""
     failure_kind: str = ""
     """Class name of the error that ended a failed run; PrecisionError: the numbers broke."""
     evaluations: tuple[Evaluation, ...] = ()

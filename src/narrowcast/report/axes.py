@@ -55,7 +55,9 @@ def axis_over(
     low = 0.0 if unit == "bytes" or from_zero else low
     if high <= low:
         spread = abs(low) * 0.1 or 1.0
-        low, high = (0.0, spread) if unit == "bytes" else (low - spread, high + spread)
+        # A share that is 1 everywhere (accuracy) has nothing above it.
+        above = 0.0 if unit == "number" and high == 1 else spread
+        low, high = (0.0, spread) if unit == "bytes" else (low - spread, high + above)
     air = 0.06 * (high - low)
     bottom = low if low == 0 and (unit == "bytes" or from_zero) else low - air
     ticks = _round_ticks(bottom, high + air, unit)

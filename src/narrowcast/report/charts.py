@@ -33,6 +33,8 @@ _LINE_HEIGHT = 300
 _SMALL_HEIGHT = 240
 """Of a panel among several."""
 _BAR_HEIGHT = 56
+_MOST_TICKS = 6
+"""On a horizontal axis of counted positions."""
 _TOTAL_ROOM = 84
 """Beside a bar, for its total."""
 
@@ -92,7 +94,9 @@ def _x_axis(panel: LinePanel) -> Figure:
         return axis_ticks(axis) | {"range": list(axis.range), "title": axis_title(panel.x_title)}
     low, high = bounds([x for series in panel.series for x in series.x])
     air = 0.0 if panel.bands else 0.015 * (high - low)
-    figures: Figure = {"nticks": 6} if panel.x_figures else {"showticklabels": False}
+    # Positions are counted: left to itself, plotly would write "1.5" between two steps.
+    few: Figure = {"dtick": 1} if high - low <= _MOST_TICKS else {"nticks": _MOST_TICKS}
+    figures: Figure = few if panel.x_figures else {"showticklabels": False}
     return figures | {
         "title": axis_title(panel.x_title),
         "range": [low - air, high + air if high > low else low + 1],

@@ -6,9 +6,17 @@ run is shown, the diverged ones too; and good and bad news get the same layout.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from narrowcast.records.comparison import ArmRecord, ComparisonRecord, VerdictRecord
 from narrowcast.report import comparison_charts as charts
-from narrowcast.report.parts import environment_facts, footer, options_text
+from narrowcast.report.parts import (
+    environment_facts,
+    failure_blocks,
+    footer,
+    not_as_asked,
+    options_text,
+)
 from narrowcast.report.shapes import (
     Block,
     Column,
@@ -106,10 +114,13 @@ def _verdict(record: ComparisonRecord) -> tuple[Block, ...]:
 def _precision_warnings(record: ComparisonRecord) -> tuple[str, ...]:
     """Say of every arm that did not run in its precision that it did not."""
     return tuple(
-        f"{arm.precision}: not every operation executed in the precision that was asked for. "
-        + " ".join(arm.precision_notes)
+        f"{arm.precision}: {text}"
         for arm in record.arms
         if arm.precision_honoured is False
+        for text in not_as_asked(
+            arm.precision_notes,
+            [told for told in record.warnings if told.startswith(f"{arm.precision}: ")],
+        )
     )
 
 
@@ -216,14 +227,21 @@ def _row(
 def _quality(record: ComparisonRecord) -> tuple[Block, ...]:
     metric = record.protocol.metric
     names = [metric, *(m for m in record.arms[0].metrics if m != metric)]
-    failures = tuple(
-        f"{arm.precision}: {failure}" for arm in record.arms for failure in arm.failures
-    )
     return (
         *charts.quality(record),
         *(_seed_table(record, name) for name in names),
-        *((Prose(lines=failures, kind="warning"),) if failures else ()),
+        *(block for arm in record.arms for block in _failures(arm)),
     )
+
+
+def _failures(arm: ArmRecord) -> Iterator[Block]:
+    """Yield why runs have no value, each reason once with the seeds that ended for it."""
+    seeds: dict[str, list[int]] = {}
+    for seed, failure in zip(arm.diverged, arm.failures, strict=False):  # both as recorded
+        seeds.setdefault(failure.removeprefix(f"seed {seed}: "), []).append(seed)
+    for failure, members in seeds.items():
+        which = f"seed{'' if len(members) == 1 else 's'} {listed(members)}"
+        yield from failure_blocks(f"{arm.precision}, {which}: {failure}")
 
 
 def _seed_table(record: ComparisonRecord, metric: str) -> Table:

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from narrowcast.records.memory import CATEGORIES
 from narrowcast.records.run import Environment, OptionValue
-from narrowcast.report.shapes import Band, Facts, LegendEntry, Segment, Shade
+from narrowcast.report.shapes import Band, Block, Facts, LegendEntry, Prose, Segment, Shade
 from narrowcast.report.wording import NOTHING, category_colour, moment, spaced
 
 __all__ = [
     "PHASES",
     "category_legend",
     "environment_facts",
+    "failure_blocks",
     "footer",
+    "not_as_asked",
     "options_text",
     "ordered",
     "phase_bands",
@@ -44,6 +46,26 @@ def footer(environment: Environment, finished: str) -> str:
     """Say with what and when the report's figures were obtained."""
     when = f", {moment(finished)}" if finished else ""
     return f"narrowcast {environment.narrowcast}, torch {environment.torch}{when}"
+
+
+def failure_blocks(failure: str) -> tuple[Block, ...]:
+    """Lay out why a run ended: a warning, the lines below it as they are, and a hint at the end."""
+    message, *lines = failure.split("\n")
+    hints = [line for line in lines[-1:] if line.startswith("hint: ")]
+    code = tuple(lines[: len(lines) - len(hints)])
+    return (
+        Prose(lines=(message,), kind="warning"),
+        *((Prose(lines=code, kind="code"),) if code else ()),
+        *((Prose(lines=tuple(hints)),) if hints else ()),
+    )
+
+
+def not_as_asked(notes: Sequence[str], warnings: Sequence[str]) -> tuple[str, ...]:
+    """Say that operations ran in another precision, unless the warnings say all of it already."""
+    if notes and all(any(note in warning for warning in warnings) for note in notes):
+        return ()
+    what = "not every operation executed in the precision that was asked for"
+    return (f"{what}: {'; '.join(notes)}" if notes else what,)
 
 
 def options_text(options: Mapping[str, OptionValue]) -> str:

@@ -32,8 +32,8 @@ def outline_of_plan(record: PlanRecord) -> Outline:
     """Lay out one plan."""
     chosen = record.chosen
     return Outline(
-        title=f"{record.recipe} in {format_bytes(record.budget_bytes)}: {chosen.name}",
-        subtitle=f"Plan for a budget, batch {record.batch_size}, on {record.device}",
+        title=f"{record.recipe} in {format_bytes(record.budget_bytes)}: {_name(chosen)}",
+        subtitle=f"Plan for a budget, batch {record.batch_size}, on {_place(record)}",
         sections=(
             Section(key="plan", title="The plan", blocks=_plan(record), brief=True),
             Section(key="frontier", title="Memory against speed", blocks=_frontier(record)),
@@ -47,7 +47,7 @@ def outline_of_plan(record: PlanRecord) -> Outline:
 def _plan(record: PlanRecord) -> tuple[Block, ...]:
     chosen = record.chosen
     facts = (
-        ("budget", format_bytes(record.budget_bytes)),
+        ("budget" if record.world == 1 else "budget of a rank", format_bytes(record.budget_bytes)),
         ("predicted peak", format_bytes(chosen.predicted_bytes)),
         ("measured peak", bytes_or_nothing(chosen.measured_bytes)),
         (f"a step ({chosen.speed})", format_duration(chosen.seconds)),
@@ -57,6 +57,15 @@ def _plan(record: PlanRecord) -> tuple[Block, ...]:
         Facts(pairs=facts, headline=True),
         _effects(record) if record.effects else Prose(lines=("It changes nothing.",)),
     )
+
+
+def _place(record: PlanRecord) -> str:
+    return record.device if record.world == 1 else f"{record.world} ranks, {record.device}"
+
+
+def _name(point: PlanPoint) -> str:
+    """Write a plan's name, and on ranks the way in which they share."""
+    return f"{point.name} by {point.parallel}" if point.parallel else point.name
 
 
 def _effects(record: PlanRecord) -> Table:
@@ -97,7 +106,7 @@ def _sources(points: Sequence[PlanPoint]) -> Iterator[str]:
 
 def _worded(point: PlanPoint) -> str:
     size, seconds = format_bytes(point.predicted_bytes), format_duration(point.seconds)
-    return f"{point.name} ({size}, {seconds})"
+    return f"{_name(point)} ({size}, {seconds})"
 
 
 def _seconds(point: PlanPoint) -> str:
@@ -134,8 +143,11 @@ def _panel(record: PlanRecord) -> LinePanel:
 
 
 def _table(points: Sequence[PlanPoint], chosen: PlanPoint) -> Table:
+    # By a roofline a plan off the frontier can be chosen, for stores that round less.
+    is_on_it = any(_is_same(point, chosen) for point in points)
+    shown = points if is_on_it else sorted((*points, chosen), key=lambda point: point.seconds)
     return Table(
-        caption="The frontier, the fastest first",
+        caption="The frontier, the fastest first" + ("" if is_on_it else ", and the choice"),
         columns=(
             Column(title="plan"),
             Column(title="peak", numeric=True),
@@ -144,15 +156,19 @@ def _table(points: Sequence[PlanPoint], chosen: PlanPoint) -> Table:
         ),
         rows=tuple(
             (
-                f"{point.name} (chosen)" if point.plan == chosen.plan else point.name,
+                f"{_name(point)} (chosen)" if _is_same(point, chosen) else _name(point),
                 format_bytes(point.predicted_bytes),
                 _seconds(point),
                 _yes_no(point.exact),
             )
-            for point in points
+            for point in shown
         ),
         terminal_rows=_TERMINAL_ROWS,
     )
+
+
+def _is_same(point: PlanPoint, chosen: PlanPoint) -> bool:
+    return (point.plan, point.parallel) == (chosen.plan, chosen.parallel)
 
 
 def _run(record: PlanRecord) -> tuple[Block, ...]:

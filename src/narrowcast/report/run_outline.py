@@ -7,7 +7,13 @@ from collections.abc import Callable, Sequence
 
 from narrowcast.records.run import AxisValue, Evaluation, RunRecord, StepPoint, policy_in
 from narrowcast.report.memory_outline import memory_blocks, module_blocks
-from narrowcast.report.parts import environment_facts, footer, options_text
+from narrowcast.report.parts import (
+    environment_facts,
+    failure_blocks,
+    footer,
+    not_as_asked,
+    options_text,
+)
 from narrowcast.report.shapes import (
     Block,
     Chart,
@@ -77,16 +83,9 @@ def outline_of_run(record: RunRecord, points: Sequence[StepPoint] = ()) -> Outli
 
 
 def _result(record: RunRecord) -> tuple[Block, ...]:
-    kind = f" ({record.failure_kind})" if record.failure_kind else ""
-    warnings = [
-        *([f"The run failed{kind}: {record.failure}"] if record.failure else []),
-        *record.warnings,
-    ]
+    warnings = list(record.warnings)
     if record.precision_honoured is False:
-        warnings.append(
-            "Not every operation executed in the precision that was asked for. "
-            + " ".join(record.precision_notes)
-        )
+        warnings += not_as_asked(record.precision_notes, record.warnings)
     pairs = [
         ("status", record.status),
         ("steps applied", f"{count(record.applied_steps)} of {count(record.planned_steps)}"),
@@ -106,7 +105,16 @@ def _result(record: RunRecord) -> tuple[Block, ...]:
         ),
     ]
     facts = Facts(pairs=tuple(pairs), headline=True)
-    return (facts, *((Prose(lines=tuple(warnings), kind="warning"),) if warnings else ()))
+    told = (Prose(lines=tuple(warnings), kind="warning"),) if warnings else ()
+    return (facts, *_failure(record), *told)
+
+
+def _failure(record: RunRecord) -> tuple[Block, ...]:
+    if not record.failure:
+        return ()
+    kind = f" ({record.failure_kind})" if record.failure_kind else ""
+    hint = f"\nhint: {record.failure_hint}" if record.failure_hint else ""
+    return failure_blocks(f"The run failed{kind}: {record.failure}{hint}")
 
 
 def _more_on_memory(record: RunRecord) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ each) and looked at only when a step was skipped, when waiting has happened alre
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,8 @@ class LossWatch:
 
     def __init__(self) -> None:
         self._held: list[Tensor] = []
+        self._read = 0.0
+        """0 while all numbers that were read are finite, and NaN from then on."""
 
     def passing(self, outputs: Any) -> Any:
         """Hold the outputs and return them; an iterable that is lazy stays lazy."""
@@ -56,6 +59,13 @@ class LossWatch:
         if len(self._held) >= _HELD_AT_MOST:
             self._held = [self._taint(value.device)]
 
+    def note(self, output: Tensor) -> None:
+        """Read a number that is on a CPU, where nothing waits, and hold any other tensor."""
+        if output.is_cpu and output.numel() == 1 and output.is_floating_point():
+            self._read += output.item() * 0.0
+        else:
+            self.hold(output)
+
     def _taint(self, device: torch.device) -> Tensor:
         """Return fp32 0 when all held values are finite, NaN otherwise: x * 0 is 0 for finite x."""
         zeros = [(x * 0).to(device, torch.float32, non_blocking=True) for x in self._held]
@@ -67,9 +77,12 @@ class LossWatch:
         Among several ranks always 0: their gradients are the same, their losses are not, and a
         decision by one rank's loss would set its scale apart from the others'.
         """
-        if not self._held or _ranks_may_differ():
+        if _ranks_may_differ():
             return torch.zeros((), device=device)
+        if not self._held or math.isnan(self._read):
+            return torch.full((), float(math.isnan(self._read)), device=device)
         return self._taint(device).isnan().float()
 
     def clear(self) -> None:
         self._held.clear()
+        self._read = 0.0

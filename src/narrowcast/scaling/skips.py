@@ -146,8 +146,9 @@ class SkipRow:
 
 _ADVICE = {
     "non-finite loss": "the loss was not finite before it was scaled, so no scale can help: look "
-    "for a log or a division of 0 or an fp16 value above 65504 in the forward pass, keep that "
-    "module in fp32, or train in bf16",
+    "first for NaN or inf in the batch (torch.isfinite(inputs).all()), then for a log or a "
+    "division of 0 or an fp16 value above 65504 in the forward pass; keep that module in fp32, or "
+    "train in bf16",
     "gradient overflow": "keep the modules of these parameters in fp32, clip or lower the learning "
     "rate, or train in bf16, which has the range of fp32",
     "non-finite gradient": "lowering the scale cannot cure these: look at what produces or changes "
@@ -157,7 +158,9 @@ _ADVICE = {
 
 def stuck_error(row: SkipRow, last: SkippedStep) -> PrecisionError:
     """Build the error for a row of skipped steps that got too long."""
-    where = f" in {', '.join(last.parameters)}" if last.parameters else ""
+    # A loss that is no number breaks every gradient: no parameter is at fault.
+    is_loss = last.reason == "non-finite loss"
+    where = f" in {', '.join(last.parameters)}" if last.parameters and not is_loss else ""
     return PrecisionError(
         f"{row.skipped} optimizer steps in a row were skipped, the last one step {last.step} at "
         f"loss scale {last.loss_scale:g}: {last.reason}{where}",
@@ -231,11 +234,11 @@ class SkipLedger:
 
         Unread outcomes are left unread until there are sixteen steps of them.
         """
+        is_quiet = self.is_plain and not (self._uncounted or self.row.skipped)
         outcomes = [outcome for _, outcome in self.attempts]
         self.steps += 1
         self.attempts = []
-        is_quiet = bool(outcomes) and not (self._uncounted or self.row.skipped)
-        if is_quiet and all(o.flags is None and o.skip is None for o in outcomes):
+        if is_quiet:
             return None  # nearly every step: all of it is known, and nothing to be counted
         self._uncounted.append(outcomes)
         is_due = all(o.flags is None for o in outcomes) or len(self._uncounted) >= _READ_EVERY

@@ -29,7 +29,7 @@ from narrowcast.parallel.replicas import LossFunction, Replicas
 from narrowcast.parallel.shards import Shards
 from narrowcast.plan import Plan
 from narrowcast.policy import POLICIES
-from narrowcast.precision.cast import numeric_settings
+from narrowcast.precision.cast import numeric_settings, weights_became
 from narrowcast.randomness import isolated, seed_everything
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
@@ -49,6 +49,7 @@ __all__ = [
     "round_apart",
     "steps_of",
     "stream_of",
+    "unasked",
 ]
 
 
@@ -113,6 +114,16 @@ class Assembly:
     perturbation: str
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Say what is other than asked: of the engine, and of a batch that has fewer samples."""
+        notes = unasked(self.engine)
+        asked, served = self.recipe.batch_size, self.stream.batch_size
+        if served == asked:
+            return notes
+        why = "which is all that data() gives"
+        return (*notes, f"a batch holds {served:,} samples, {why}, though {asked:,} were asked for")
+
+    @property
     def compute_loss(self) -> LossFunction:
         """The recipe's loss; on several ranks with gradients that meet."""
         return (self.replicas or self.recipe).compute_loss
@@ -138,6 +149,12 @@ class Assembly:
         if isinstance(self.replicas, Shards):
             return self.replicas.measure(function, model, batch)
         return function(model, batch)
+
+
+def unasked(engine: Engine) -> tuple[str, ...]:
+    """Return an engine's notes but for fp32 weights that are kept as the precision says."""
+    as_asked = weights_became("fp32", engine.policy.param)
+    return tuple(note for note in engine.notes if not note.startswith(as_asked))
 
 
 def steps_of(recipe: Recipe, options: TrainOptions) -> int:

@@ -76,6 +76,10 @@ class EarlySteps:
         watches = step in self._dtypes_at and self._engine.compiled is None
         return self._dtypes if watches else nullcontext()
 
+    def drawing(self) -> AbstractContextManager[None]:
+        """Return what to draw a batch in: a ledger that is open does not look."""
+        return nullcontext() if self._ledger is None else self._ledger.drawing()
+
     def inputs(self, batch: Any) -> None:
         """Tell the ledger, if one is open, which tensors are the batch."""
         if self._ledger is not None:

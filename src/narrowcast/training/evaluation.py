@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import from_json
 from narrowcast.records.evaluation import EvaluationRecord
 from narrowcast.records.run import Evaluation
-from narrowcast.training.assembly import batch_digest
+from narrowcast.training.assembly import batch_digest, unasked
 from narrowcast.training.checkpoint import (
     buffers_in,
     fingerprint,
@@ -41,7 +42,7 @@ from narrowcast.training.checkpoint import (
 from narrowcast.training.determinism import deterministic as only_deterministic
 from narrowcast.training.model_state import adopt_buffers, load_model_state
 
-__all__ = ["evaluate_model", "evaluate_weights", "restored_notes"]
+__all__ = ["evaluate_model", "evaluate_weights", "nonfinite_notes", "restored_notes"]
 
 
 # What torch calls the value of get_extra_state() in a state dict.
@@ -181,9 +182,18 @@ def evaluate_weights(
         weights=str(weights),
         weights_hash=fingerprint(loaded),
         evaluations=evaluations,
-        warnings=(*engine.notes, *warnings, *restored_notes(engine)),
+        warnings=(*unasked(engine), *warnings, *restored_notes(engine)),
         environment=environment(device),
     )
+
+
+def nonfinite_notes(evaluations: Sequence[Evaluation], step: int) -> Iterator[str]:
+    """Say which metrics of this step are no numbers: the steps were taken, and came to nothing."""
+    for evaluation in evaluations:
+        bad = [n for n, value in evaluation.metrics.items() if not math.isfinite(value)]
+        if evaluation.step == step and bad:
+            figures = ", ".join(f"{name} = {evaluation.metrics[name]}" for name in bad)
+            yield f"the final evaluation in {evaluation.precision} gave {figures}"
 
 
 def restored_notes(engine: Engine) -> tuple[str, ...]:

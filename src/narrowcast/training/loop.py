@@ -14,7 +14,6 @@ shift it. What is told on the way goes to an observer; this file prints nothing.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from narrowcast.data import split_batch, to_device
-from narrowcast.errors import NarrowcastError, PrecisionError, RunDirectoryError
+from narrowcast.errors import PrecisionError, RunDirectoryError
 from narrowcast.precision.device import warnings_before_run
 from narrowcast.randomness import isolated
 from narrowcast.records.codec import from_json, to_json
@@ -35,7 +34,7 @@ from narrowcast.training.assembly import Assembly, TrainOptions, round_apart, st
 from narrowcast.training.budget import budget_not_kept
 from narrowcast.training.compilation import compiled_in_part, with_compilation
 from narrowcast.training.early_steps import EarlySteps, PeakMemory
-from narrowcast.training.evaluation import evaluate_model, restored_notes
+from narrowcast.training.evaluation import evaluate_model, nonfinite_notes, restored_notes
 from narrowcast.training.events import Ended, Notice, Observer, Saved, Started
 from narrowcast.training.interruption import Interruption
 from narrowcast.training.lookout import lookout_for
@@ -48,13 +47,16 @@ from narrowcast.training.model_state import (
 from narrowcast.training.progress import Progress
 from narrowcast.training.ranks import (
     NoMetrics,
+    StepEnd,
     gathered_streams,
     kind_of,
     moved_notes,
+    reason_of,
     require_same_weights,
     restore_streams,
     resumed_record,
     shared_notes,
+    was_interrupted,
     with_peaks,
 )
 from narrowcast.training.run_directory import MetricsLog, RunDirectory
@@ -103,6 +105,8 @@ class Run:
         self.saved: tuple[int, int] | None = None
         """Step and number of evaluations of the newest checkpoint."""
         self.peers = parts.peers
+        self._step_end = StepEnd(parts.peers, self.interruption)
+        self.stop_is_asked = self._step_end.stop_is_asked
         self.record: RunRecord
         self.peak: PeakMemory
         self.metrics: MetricsLog | NoMetrics
@@ -112,8 +116,8 @@ class Run:
         self.record = record
         self.peak = PeakMemory(self.engine.device, None)
         self.metrics = MetricsLog(self.place.metrics_path) if self.peers.is_main else NoMetrics()
-        engine = self.engine
-        told = (*engine.notes, *engine.levers.notes, *self.lookout.notes, *shared_notes(self.parts))
+        parts, levers, lookout = self.parts, self.engine.levers, self.lookout
+        told = (*parts.notes, *levers.notes, *lookout.notes, *shared_notes(parts))
         for text in (*warnings, *told, *self._cautions()):
             self.notice(text)
 
@@ -144,7 +148,7 @@ class Run:
         """Take the remaining steps, keeping the record true however it ends."""
 
         def should_stop() -> bool:
-            return self.peers.any(self.interruption.requested) or self.step == stop_at
+            return self.stop_is_asked() or self.step == stop_at
 
         try:
             with self.peers.failing_together(), self.interruption.listening():
@@ -152,16 +156,10 @@ class Run:
                 finished = self.step == self.steps and not self._evaluation_is_due()
                 if finished:
                     self._export()
-                    self._warn_of_nonfinite_metrics()
-                    self._tell_what_was_not_kept()
+                    self._tell_what_went_wrong()
                 self._conclude("finished" if finished else "interrupted")
-        except KeyboardInterrupt:
-            self._conclude_as_well_as_possible("interrupted", "")
-            raise
         except BaseException as error:
-            reason = error.message if isinstance(error, NarrowcastError) else repr(error)
-            self.record = replace(self.record, failure_kind=kind_of(error))
-            self._conclude_as_well_as_possible("failed", reason)
+            self._conclude_as_well_as_possible(error)
             raise
         # Told when Ctrl-C has its usual meaning again: none that comes while we end gets lost.
         self._tell_end()
@@ -188,7 +186,7 @@ class Run:
                 self._save()
             if stopping:
                 return
-            self._take_step()
+            self.take_step()
 
     def _evaluation_is_due(self) -> bool:
         every = self.options.evaluate_every
@@ -219,7 +217,8 @@ class Run:
             if text not in self.record.warnings:
                 self.notice(text)
 
-    def _take_step(self) -> None:
+    def take_step(self) -> None:
+        """Take a step, and tell of it."""
         step = self.step + 1
         if self.early.measures(step):
             self.peak.look()  # the ledger resets the allocator's own peak
@@ -229,12 +228,12 @@ class Run:
             outcome = take_step(
                 self.engine,
                 self.parts.compute_loss,
-                self._next_micro_batch,
+                self.next_micro_batch,
                 path=self.parts.recipe.path,
                 watching=self._watching(step),
             )
         seconds = time.perf_counter() - began
-        outcome = replace(outcome, losses=tuple(map(self.peers.mean, outcome.losses)))
+        outcome = replace(outcome, losses=self._step_end.means(outcome.losses))
         self.step = step
         self._add_measurements(step)
         if step == 1:
@@ -271,13 +270,12 @@ class Run:
 
         return watching
 
-    def _next_micro_batch(self) -> Any:
-        """Return the next part of a batch on the device; the ids are let go at once.
-
-        The ledger would count them among the temporaries.
-        """
+    def next_micro_batch(self) -> Any:
+        """Return the next part of a batch on the device."""
         if not self._waiting:
-            batch = next(self.parts.stream)[1]
+            with self.early.drawing():
+                batch = next(self.parts.stream)[1]
+            self.early.inputs(batch)
             self._waiting = split_batch(batch, self.engine.plan.micro_batches)[::-1]
         return to_device(self._waiting.pop(), self.engine.device)
 
@@ -368,32 +366,33 @@ class Run:
             made=made_buffers(self.engine.model, weights, self._built),
         )
 
-    def _warn_of_nonfinite_metrics(self) -> None:
-        """Say which final metrics are no numbers: the steps were taken, and came to nothing."""
-        for evaluation in self.record.evaluations:
-            bad = [n for n, value in evaluation.metrics.items() if not math.isfinite(value)]
-            if evaluation.step == self.step and bad:
-                figures = ", ".join(f"{name} = {evaluation.metrics[name]}" for name in bad)
-                self.notice(f"the final evaluation in {evaluation.precision} gave {figures}")
-
-    def _tell_what_was_not_kept(self) -> None:
-        for told in filter(None, (budget_not_kept(self.record), compiled_in_part(self.engine))):
+    def _tell_what_went_wrong(self) -> None:
+        notes = nonfinite_notes(self.record.evaluations, self.step)
+        not_kept = budget_not_kept(self.record), compiled_in_part(self.engine)
+        for told in (*notes, *filter(None, not_kept)):
             self.notice(told)
 
-    def _conclude(self, status: Status, failure: str = "") -> None:
+    def _conclude(self, status: Status, error: BaseException | None = None) -> None:
         self._bring_record_up_to_date()
         self.record = replace(
             self.record,
             status=status,
-            failure=failure,
+            failure="" if error is None else reason_of(error),
+            failure_hint=getattr(error, "hint", ""),
+            failure_kind="" if error is None else kind_of(error),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self._write_record()
 
-    def _conclude_as_well_as_possible(self, status: Status, failure: str) -> None:
+    def _conclude_as_well_as_possible(self, error: BaseException) -> None:
         """Record how the run ended; a disk that is full stays the first error's business."""
         with contextlib.suppress(RunDirectoryError):
-            self._conclude(status, failure)
+            if was_interrupted(error):
+                for text in error.args:  # where it was another rank, or broke something off
+                    self.notice(text)
+                self._conclude("interrupted")
+            else:
+                self._conclude("failed", error)
             self._tell_end()
 
     def _tell_end(self) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from narrowcast.engine.ranks import blocks_of
-from narrowcast.errors import ParallelError
+from narrowcast.errors import NarrowcastError, ParallelError
 from narrowcast.parallel.failures import PeerFailed
 from narrowcast.parallel.peers import Peers
 from narrowcast.parallel.shards import is_shared
@@ -23,16 +23,20 @@ from narrowcast.randomness import random_state, restore_random_state, seed_every
 from narrowcast.records.run import Environment, Evaluation, RunRecord, StepPoint
 from narrowcast.training import checkpoint
 from narrowcast.training.assembly import Assembly, stream_of
+from narrowcast.training.interruption import Interruption
 
 __all__ = [
     "NoMetrics",
+    "StepEnd",
     "gathered_streams",
     "kind_of",
     "moved_notes",
+    "reason_of",
     "require_same_weights",
     "restore_streams",
     "resumed_record",
     "shared_notes",
+    "was_interrupted",
     "with_peaks",
 ]
 
@@ -50,6 +54,27 @@ class NoMetrics:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class StepEnd:
+    """What ranks tell each other once a step, in one message: its losses, and who is to stop."""
+
+    def __init__(self, peers: Peers, interruption: Interruption) -> None:
+        self._peers = peers
+        self._interruption = interruption
+        self._told: bool | None = None
+        """Whether any rank was asked to stop when the last step ended; None once that was used."""
+
+    def means(self, losses: tuple[float, ...]) -> tuple[float, ...]:
+        """Return the mean of each loss over the ranks."""
+        means, told = self._peers.means_and_any(losses, self._interruption.requested)
+        self._told = told if self._peers.size > 1 else None  # alone, asking costs nothing
+        return tuple(means)
+
+    def stop_is_asked(self) -> bool:
+        """Whether a rank was asked to stop; the same answer on all of them."""
+        told, self._told = self._told, None
+        return self._peers.any(self._interruption.requested) if told is None else told
 
 
 def shared_notes(parts: Assembly) -> tuple[str, ...]:
@@ -98,6 +123,16 @@ def moved_notes(before: Environment, device: torch.device, step: int) -> tuple[s
 def kind_of(error: BaseException) -> str:
     """Return the class name of the error that ended a run, on whichever rank it arose."""
     return error.kind if isinstance(error, PeerFailed) else type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a run failed, as its record says it."""
+    return error.message if isinstance(error, NarrowcastError) else repr(error)
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether it was Ctrl-C that ended a run, on whichever rank."""
+    return kind_of(error) == KeyboardInterrupt.__name__
 
 
 def gathered_streams(peers: Peers) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from narrowcast.training.loop import Run
 from narrowcast.training.run_directory import RunDirectory
 from narrowcast.training.state_tree import leaves
 
-__all__ = ["TrainOptions", "train"]
+__all__ = ["TrainOptions", "new_record", "train"]
 
 
 def train(
@@ -88,7 +88,7 @@ def train(
         run = Run(parts, options, place, identity, observe)
         stack.callback(run.close)
         if saved is None:
-            record = replace(_new_record(parts, options, command), budget_bytes=budget_bytes)
+            record = replace(new_record(parts, options, command), budget_bytes=budget_bytes)
             run.begin(record, (*warnings, *notes))
             if resume:
                 run.notice(f"nothing to resume in {place.path}: the run begins with its first step")
@@ -186,7 +186,8 @@ def _require_unbegun(place: RunDirectory, identity: dict[str, Any]) -> None:
         )
 
 
-def _new_record(parts: Assembly, options: TrainOptions, command: str) -> RunRecord:
+def new_record(parts: Assembly, options: TrainOptions, command: str) -> RunRecord:
+    """Return the record of a run that begins."""
     engine, recipe = parts.engine, parts.recipe
     return RunRecord(
         recipe=recipe.name,
