@@ -201,9 +201,8 @@ class Engine:
     def step(self, name: str | None = None, *, flush: bool = False) -> StepReport:
         """Close a micro-batch; with the last one of an accumulation, or `flush`, make the step.
 
-        Gradients are None afterwards, applied or skipped. `flush` makes the step from the
-        micro-batches that there are, normalised to their number. One read of the device a step,
-        a few more when it is skipped.
+        Gradients are None afterwards. `flush` makes the step from the micro-batches that there are,
+        normalised to their number. One read of the device a step, a few more when it is skipped.
 
         Raises PrecisionError after too many skipped steps in a row (`SkipRow.is_too_long`);
         UsageError when there was no backward pass, or none that reached the optimizer.
