@@ -110,7 +110,7 @@ def both(
         {"dtype": torch.float64, "early": broken({4}, math.inf)},
         {"freeze_until": 5, "early": broken({8}, math.inf)},
     ],
-    ids=str,
+    ids=lambda case: "-".join(case) or "plain",
 )
 def test_it_does_what_the_drop_in_does(case: dict[str, Any], unscales: bool) -> None:
     """Weights bit for bit, scale, tracker, ledger and each outcome, in every kind of step."""
