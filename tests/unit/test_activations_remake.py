@@ -171,6 +171,7 @@ def test_narrow_norms_are_remade_too(policy: Policy) -> None:
     assert differing(narrow, run(policy, (NORMS, *REMAKE, CHECKPOINT))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "norm",
     [

@@ -44,6 +44,7 @@ def test_a_finding_in_a_long_path_is_one_line(tmp_path: Path) -> None:
     assert re.fullmatch(rf"{re.escape(str(script))}:\d+  notice  NC209 deprecated-amp", found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--version"], ["recipes"]])
 def test_output_without_a_reader_ends_as_sigpipe_does(words: list[str]) -> None:
     """As `narrowcast ... | head`: in silence, and with the 141 that README gives."""

@@ -98,6 +98,7 @@ def test_every_option_reaches_the_run(narrowcast: Shell) -> None:
     assert record["command"].startswith("narrowcast train")
 
 
+@pytest.mark.slow
 def test_default_directories_are_never_reused(narrowcast: Shell) -> None:
     """The second run of the same command gets a number; --resume goes on with the newest."""
     for _ in range(2):

@@ -153,6 +153,7 @@ def test_a_compiled_model_trains_to_the_same_bits_in_one_graph(name: str) -> Non
     assert (record.graphs, record.recompiles, record.graph_breaks) == (1, 0, {})
 
 
+@pytest.mark.slow
 def test_dropout_drops_what_it_drops_uncompiled() -> None:
     """In fp32; the compiler's own generator would drop others."""
     plain = engine_for("fp32", model=Net(dropout=0.3))
@@ -161,6 +162,7 @@ def test_dropout_drops_what_it_drops_uncompiled() -> None:
     assert steps(compiled) == steps(plain)
 
 
+@pytest.mark.slow
 def test_autocast_does_not_leak_into_backward() -> None:
     """An fp32 island has an fp32 backward; as torch compiles by itself, it has one in bf16."""
     plan = PLANS["island"]
@@ -202,6 +204,7 @@ def test_each_shape_is_compiled_once_and_counted() -> None:
     assert record.words == "aot_eager: 2 graphs, 1 recompile, no graph breaks"
 
 
+@pytest.mark.slow
 def test_evaluation_in_fp32_is_that_of_the_model_uncompiled() -> None:
     """It compiles nothing, so that its figures can be held against any other run's."""
     engine, plain = engine_for("bf16-split", EXACT), engine_for("bf16-split")
@@ -240,6 +243,7 @@ class Breaking(Net):
         return out * 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_graph_breaks_in_the_users_code_are_counted_with_their_reason() -> None:
     """And change nothing."""
@@ -314,6 +318,7 @@ def test_what_a_graph_executes_is_what_is_executed_uncompiled(name: str) -> None
     assert all(engine.compiled.has_read(p) for p in engine.model.parameters())
 
 
+@pytest.mark.slow
 def test_islands_and_functions_are_known_to_have_been_entered() -> None:
     """Compiled code leaves the marks by which those that were kept in vain are found."""
     policy = BF16.keeping_fp32("blocks.*.down", "blocks.?:softmax", "norm:erf")
@@ -429,6 +434,7 @@ def test_a_compiler_that_fails_is_one_clear_error(monkeypatch: pytest.MonkeyPatc
         steps(engine)
 
 
+@pytest.mark.slow
 def test_a_failing_step_is_located_in_the_model_uncompiled() -> None:
     """Compiled code has no borders that could be looked at; the replay has."""
     engine = engine_for("fp32", EXACT)

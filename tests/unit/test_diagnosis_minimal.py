@@ -95,6 +95,7 @@ def search(seeded: Callable[[int], Subject], precision: str = "fp16") -> Minimal
     return minimal_fp32(stage, plan, clues, under_seed=seeded, steps=STEPS)
 
 
+@pytest.mark.slow
 def test_two_culprits_among_many_modules() -> None:
     """Both and only both; each one dropped alone fails; trainings with them are fine."""
 
@@ -115,6 +116,7 @@ def test_two_culprits_among_many_modules() -> None:
     assert minimal.operations == ()
 
 
+@pytest.mark.slow
 def test_one_function_of_a_module_is_enough() -> None:
     """Of an attention, the product of queries and keys; its layers stay in fp16."""
     minimal = search(subjects(lambda: Net(Scaled(1.0), Scores(), Scaled(1.0))))

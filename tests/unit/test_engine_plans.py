@@ -139,6 +139,7 @@ def test_weights_of_another_model_are_refused() -> None:
         built(SPLIT).load_weights({"head.weight": torch.zeros(2, 2)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [SPLIT, LEAN, MICRO], ids=lambda p: p.name)
 def test_a_restored_engine_goes_on_with_the_same_bits(plan: Plan) -> None:
     """Model state and engine state are all that there is to save."""
@@ -235,6 +236,7 @@ def test_levers_do_what_they_say() -> None:
     assert engine.levers.without_effect() == ()
 
 
+@pytest.mark.slow
 def test_exact_levers_do_not_change_a_bit() -> None:
     """Checkpointing computes again what was computed before, and so does remaking."""
     exact = (

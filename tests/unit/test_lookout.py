@@ -228,6 +228,7 @@ def test_a_shadow_without_a_watch_is_refused() -> None:
         TrainOptions(watch=0, shadow=True)
 
 
+@pytest.mark.slow
 def test_a_loss_above_its_beginning_is_told_once(tmp_path: Path) -> None:
     """The run goes on, with a notice that names the command."""
     recipe = changed(

@@ -45,6 +45,7 @@ def apart(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy_name", ["fp32", "bf16", "fp16", "bf16-true"])
 def test_the_built_in_gpt_trains_the_same(policy_name: str) -> None:
     """A recipe with a tied head, `flatten(0, 1)`, autocast and our hooks on it, unchanged.

@@ -103,6 +103,7 @@ def narrow_mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [40_000, 200_000, 1_000_000])
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_fsdp2_sends_each_gradient_once_in_its_own_format(plan: str, width: int)
     assert sent["all_to_all"] == width * PARAMETERS * 3 / 4
 
 
+@pytest.mark.slow
 def test_one_process_sends_nothing_and_is_predicted_as_ever() -> None:
     """A prediction for ranks leaves nothing behind: no group, no function that was replaced."""
     before = predicted("bf16")

@@ -241,6 +241,7 @@ def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
         load_recipe("austen", ["vocabulary=255"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "override"), CASES)
 def test_weights_depend_on_the_seed_and_the_loss_on_nothing_else(name: str, override: str) -> None:
     """Two runs of the same seed have bitwise equal losses."""
@@ -275,6 +276,7 @@ def test_bits_per_byte_is_the_loss_in_another_unit() -> None:
     assert math.isclose(bits * math.log(2), recipe.compute_loss(model, batch).item(), rel_tol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_fashion_mlp_learns_clothes() -> None:
     """A hundred steps from 10 % to well over 70 % of unseen images."""
     recipe = load_recipe("fashion")
@@ -284,6 +286,7 @@ def test_the_fashion_mlp_learns_clothes() -> None:
     assert evaluated(recipe, model)["accuracy"] > 0.7
 
 
+@pytest.mark.slow
 def test_tabular_learns_prices() -> None:
     """A hundred and fifty steps bring the error from about 0.86 to under 0.25 in log price."""
     recipe = load_recipe("tabular")
@@ -293,6 +296,7 @@ def test_tabular_learns_prices() -> None:
     assert evaluated(recipe, model)["absolute_error"] < 0.25
 
 
+@pytest.mark.slow
 def test_austen_learns_letters() -> None:
     """Forty steps of a tiny GPT get well below the entropy of knowing nothing."""
     recipe = load_recipe("austen", ["context=16", "batch_size=8", "evaluation_bytes=2048"])
@@ -313,6 +317,7 @@ def test_the_other_fashion_models_learn_too(name: str) -> None:
     assert evaluated(recipe, model)["accuracy"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["image", "text", "regression"])
 def test_a_starter_trains_as_it_stands(kind: str) -> None:
     """The file that `recipes new` writes is a recipe; its loss falls within some steps."""

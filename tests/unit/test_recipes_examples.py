@@ -38,6 +38,7 @@ def test_a_model_from_a_library_trains(name: str, monkeypatch: pytest.MonkeyPatc
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in EXAMPLES if n not in NEEDS])
 def test_a_users_recipe_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain datasets, lists, own collate, dict batches: the loss falls in all of them."""
@@ -79,6 +80,7 @@ def test_the_documentation_shows_three_recipes() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("title", "code"), DOCUMENTED, ids=[title for title, _ in DOCUMENTED])
 def test_a_documented_recipe_trains(files: Path, title: str, code: str) -> None:
     """What a reader copies from the page works: the loss falls within 30 steps."""

@@ -69,6 +69,7 @@ def assert_same(one: Any, other: Any) -> None:
         assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_training_is_the_same_with_and_without_replays(precision: str) -> None:
     """Weights, masters, optimizer, scale, buffers and random states agree bit for bit."""
@@ -78,6 +79,7 @@ def test_a_training_is_the_same_with_and_without_replays(precision: str) -> None
     assert_same(state_of(plain), state_of(replayed))
 
 
+@pytest.mark.slow
 def test_micro_batches_and_lossy_levers_go_on_as_if_not_replayed() -> None:
     """Pending sums of 16-bit gradients stay, and the stream of roundings stands where it stood."""
     plan = plan_named("bf16-split")

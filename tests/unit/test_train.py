@@ -202,6 +202,7 @@ def test_a_run_resumed_with_more_threads_keeps_its_own_number(tmp_path: Path) ->
     assert after == 2
 
 
+@pytest.mark.slow
 def test_precisions_of_one_seed_start_from_the_same_weights_and_see_the_same_data(
     tmp_path: Path,
 ) -> None:

@@ -143,7 +143,7 @@ def _panel(record: PlanRecord) -> LinePanel:
 
 
 def _table(points: Sequence[PlanPoint], chosen: PlanPoint) -> Table:
-    # By a roofline a plan off the frontier can be chosen, for stores that round less.
+    # A plan off the frontier can be chosen: within the noise, or for stores that round less.
     is_on_it = any(_is_same(point, chosen) for point in points)
     shown = points if is_on_it else sorted((*points, chosen), key=lambda point: point.seconds)
     return Table(
