@@ -9,7 +9,8 @@ import torch
 import torch.utils.deterministic
 
 from narrowcast.errors import RecipeError
-from narrowcast.training.determinism import deterministic, thread_count
+from narrowcast.precision.speed import thread_count
+from narrowcast.training.determinism import deterministic
 
 
 def settings() -> tuple[object, ...]:

@@ -23,10 +23,10 @@ from narrowcast.errors import (
     UsageError,
 )
 from narrowcast.plan import Plan, plan_named
+from narrowcast.precision.speed import thread_count
 from narrowcast.recipes.load import Recipe, load_recipe
 from narrowcast.records.run import Evaluation, RunRecord, StepPoint
 from narrowcast.training import checkpoint
-from narrowcast.training.determinism import thread_count
 from narrowcast.training.events import Ended, Event, Notice, Saved, Started
 from narrowcast.training.run_directory import RunDirectory
 from narrowcast.training.state_tree import leaves

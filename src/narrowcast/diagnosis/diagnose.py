@@ -41,11 +41,12 @@ from narrowcast.plan import Plan
 from narrowcast.plan_files import read_plan
 from narrowcast.policy import Policy
 from narrowcast.precision.device import device_at_hand, environment, require, resolve_plan
+from narrowcast.precision.speed import thread_count
 from narrowcast.randomness import isolated
 from narrowcast.recipes.load import Recipe, load_recipe
 from narrowcast.records.codec import to_json
 from narrowcast.records.diagnosis import DiagnosisRecord, Finding, ModuleRange
-from narrowcast.training.determinism import deterministic, thread_count
+from narrowcast.training.determinism import deterministic
 
 __all__ = ["MOST_STEPS", "diagnose", "diagnose_training"]
 

@@ -31,6 +31,7 @@ from narrowcast.memory.measure import MemoryLedger
 from narrowcast.plan import OWN, Plan
 from narrowcast.planning.axes import NORMS, anonymous, short
 from narrowcast.precision.cast import numeric_settings
+from narrowcast.precision.speed import thread_count
 from narrowcast.profiling import Bench
 from narrowcast.recipes.load import Recipe
 
@@ -139,7 +140,7 @@ class StepTimes:
     def _undisturbed(self, plan: Plan) -> Iterator[None]:
         """Leave random states as they were, and compute as the plan's policy wants it."""
         devices = [self._device] if self._device.type == "cuda" else []
-        threads = nullcontext() if self._threads is None else _threads(self._threads)
+        threads = nullcontext() if self._threads is None else thread_count(self._threads)
         with torch.random.fork_rng(devices=devices), numeric_settings(plan.policy), threads:
             torch.manual_seed(0)
             yield
@@ -198,16 +199,6 @@ class Speeds:
         if key not in self._updates:
             self._updates[key] = self._times.of_update(plan)
         return self._updates[key]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _repeated(run: Callable[[], object], device: torch.device) -> list[float]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -21,7 +21,7 @@ from narrowcast.policy import POLICIES
 from narrowcast.precision.cast import numeric_settings, torch_dtype
 from narrowcast.precision.float8 import FORWARD
 
-__all__ = ["conv_training_seconds", "matmul_flops", "matmul_seconds"]
+__all__ = ["conv_training_seconds", "matmul_flops", "matmul_seconds", "thread_count"]
 
 # Large enough that the product dominates the call, small enough for milliseconds.
 _MATMUL_SIZE = {"cpu": 384, "cuda": 4096}
@@ -81,17 +81,23 @@ def _conv_step(
 
 
 @contextmanager
+def thread_count(count: int) -> Iterator[None]:
+    """Compute with this many threads in the block: sums over threads round by their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _undisturbed(device: torch.device, format_name: str) -> Iterator[None]:
     """Nothing but the format decides: no autocast, TF32 as asked for, one thread on a CPU."""
     policy = POLICIES["tf32" if format_name == "tf32" else "fp32"]
-    threads = torch.get_num_threads()
-    try:
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        with numeric_settings(policy), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    threads = thread_count(1) if device.type == "cpu" else nullcontext()
+    with threads, numeric_settings(policy), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _shortest(run: Callable[[], object], device: torch.device, patience_s: float) -> float:

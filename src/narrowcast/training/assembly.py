@@ -30,11 +30,11 @@ from narrowcast.parallel.shards import Shards
 from narrowcast.plan import Plan
 from narrowcast.policy import POLICIES
 from narrowcast.precision.cast import numeric_settings, weights_became
+from narrowcast.precision.speed import thread_count
 from narrowcast.randomness import isolated, seed_everything
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import to_json
 from narrowcast.training import checkpoint
-from narrowcast.training.determinism import thread_count
 from narrowcast.training.perturbation import perturb
 from narrowcast.training.sharded import own_part, write_shards
 from narrowcast.watch.watch import EVERY

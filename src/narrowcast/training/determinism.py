@@ -13,7 +13,7 @@ import torch.utils.deterministic
 
 from narrowcast.errors import RecipeError
 
-__all__ = ["deterministic", "thread_count"]
+__all__ = ["deterministic"]
 
 # A module that replaces itself by an object with a property, which no type checker follows.
 _MEMORY: Any = torch.utils.deterministic
@@ -52,17 +52,6 @@ def deterministic() -> Iterator[None]:
         torch.backends.cudnn.benchmark = timing
         if workspace is None:
             os.environ.pop(_CUBLAS, None)
-
-
-@contextmanager
-def thread_count(count: int) -> Iterator[None]:
-    """Compute with this many threads in the block: sums over threads round by their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _no_deterministic_kernel(error: RuntimeError | RecipeError) -> RecipeError:

@@ -21,13 +21,14 @@ from narrowcast.parallel.peers import ALONE, Peers
 from narrowcast.parallel.together import Together
 from narrowcast.plan import Plan
 from narrowcast.precision.device import environment, require
+from narrowcast.precision.speed import thread_count
 from narrowcast.randomness import isolated
 from narrowcast.recipes.load import Recipe, option_values
 from narrowcast.records.codec import RecordError, to_json
 from narrowcast.records.run import RunRecord
 from narrowcast.training import checkpoint
 from narrowcast.training.assembly import Assembly, TrainOptions, assemble, identity_of, steps_of
-from narrowcast.training.determinism import deterministic, thread_count
+from narrowcast.training.determinism import deterministic
 from narrowcast.training.events import Ended, Notice, Observer, ignore
 from narrowcast.training.loop import Run
 from narrowcast.training.run_directory import RunDirectory
