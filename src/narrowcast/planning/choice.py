@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from narrowcast.plan import Plan
-from narrowcast.records.plan import SpeedSource
+from narrowcast.records.plan import SpeedSource, name_of
 from narrowcast.units import format_bytes, format_duration
 
 __all__ = ["LEAST_NOISE", "Candidate", "Setup", "choose", "frontier", "leagues", "worth_a_look"]
@@ -31,7 +31,7 @@ class Setup:
     @property
     def name(self) -> str:
         """What the user is told: the plan's name, and on ranks the way to share."""
-        return f"{self.plan.name} by {self.parallel}" if self.parallel else self.plan.name
+        return name_of(self.plan.name, self.parallel)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from narrowcast.records.run import AxisValue, Environment, OptionValue
 
-__all__ = ["SPEED_SOURCES", "AxisEffect", "PlanPoint", "PlanRecord", "SpeedSource"]
+__all__ = ["SPEED_SOURCES", "AxisEffect", "PlanPoint", "PlanRecord", "SpeedSource", "name_of"]
 
 SpeedSource = Literal["measured", "estimated", "roofline"]
 SPEED_SOURCES: dict[SpeedSource, str] = {
@@ -15,6 +15,11 @@ SPEED_SOURCES: dict[SpeedSource, str] = {
     "estimated": "put together from short measurements of each choice alone",
     "roofline": "operations and bytes of a traced step over the peak rates of the device",
 }
+
+
+def name_of(plan: str, parallel: str) -> str:
+    """Return what the user is told of a plan: its name, and on ranks the way to share."""
+    return f"{plan} by {parallel}" if parallel else plan
 
 
 @dataclass(frozen=True, kw_only=True)

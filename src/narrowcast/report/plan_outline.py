@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from narrowcast.records.plan import SPEED_SOURCES, PlanPoint, PlanRecord
+from narrowcast.records.plan import SPEED_SOURCES, PlanPoint, PlanRecord, name_of
 from narrowcast.report.parts import environment_facts, options_text
 from narrowcast.report.shapes import (
     Block,
@@ -64,8 +64,7 @@ def _place(record: PlanRecord) -> str:
 
 
 def _name(point: PlanPoint) -> str:
-    """Write a plan's name, and on ranks the way in which they share."""
-    return f"{point.name} by {point.parallel}" if point.parallel else point.name
+    return name_of(point.name, point.parallel)
 
 
 def _effects(record: PlanRecord) -> Table:
